@@ -1,0 +1,245 @@
+"""Rewrite the tables in README.md and docs/ that stand between ``<!-- results: NAME -->`` and ``<!-- end -->``.
+
+Run it after recording results: ``python benchmarks/render.py`` (``--check`` only compares; exit code 1: they differ).
+Every table comes from a file of benchmarks/results; a test compares the pages with the results.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rl_exit.comparison.tables import (
+    GROUP_HEADER,
+    METHOD_HEADER,
+    POINTS,
+    Row,
+    gain_text,
+    group_rows,
+    method_name,
+    method_rows,
+    span,
+    verdicts,
+)
+from rl_exit.listings import bench_rows
+from rl_exit.trainers.bench.learning_report import learning_rows, learning_svg
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
+
+
+def sampling(results: dict[str, Any]) -> str:
+    """The table of docs/performance.md, with its origin."""
+    header, rows = bench_rows(results)
+    machine, versions = results["machine"], results["versions"]
+    shown = [[*cells, {True: "yes", False: "no", None: ""}[met]] for cells, met in rows]
+    origin = (
+        f"`{results['command']}` of {results['date'][:10]}: {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['memory_gb']:.0f} GB, one thread per process; Python {versions['python']}, torch "
+        f"{versions['torch']}, Ray {versions['ray']}; {results['seconds']:.0f} s, load average at the end "
+        f"{machine['load_average_at_end']:.1f}.\n"
+    )
+    return f"{origin}\n{markdown_table([*header, 'met'], shown)}"
+
+
+def default(results: dict[str, Any]) -> str:
+    """The table of the run that ``make run`` makes."""
+    run = results["docstrings"]
+    return f"{markdown_table(RUN_HEADER, _run_rows(run))}\n{_origin(run)}\n"
+
+
+def tasks(results: dict[str, Any]) -> str:
+    """The table of all recorded runs; the test split where it is labelled."""
+    rows = [[name, *cells] for name, run in sorted(results.items()) for cells in _run_rows(run)]
+    origins = "".join(f"- {_origin(run)}\n" for _, run in sorted(results.items()))
+    return f"{markdown_table(['task', *RUN_HEADER], rows)}\n{origins}"
+
+
+RUN_HEADER = ["split", "full depth %", "with exits %", "mean exit layer", "saved layers", "oracle %", "speed-up"]
+
+
+def _run_rows(run: dict[str, Any]) -> list[list[str]]:
+    found = run["results"]
+    return [
+        [
+            split,
+            f"{100 * row['full_depth_score']:.2f}",
+            f"{100 * row['score']:.2f}",
+            f"{row['mean_exit_layer']:.2f} of {found['num_layers']}",
+            f"{100 * row['saved_layers']:.1f} %",
+            f"{100 * row['oracle_score']:.2f}",
+            f"{found['timing'][split]['speedup']:.2f}",
+        ]
+        for split in ("dev", "test")
+        if (row := found[split]) is not None
+    ]
+
+
+def _origin(run: dict[str, Any]) -> str:
+    versions = run["results"]["versions"]
+    return (
+        f"`{run['command']}`, {run['date']}, seed {run['results']['seed']}, {run['machine']['cores']} cores, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, Ray {versions['ray']}."
+    )
+
+
+def learning(results: dict[str, Any]) -> str:
+    """The table of docs/algorithms.md, with its origin."""
+    header, rows = learning_rows(results)
+    machine, versions, best = results["machine"], results["versions"], results["optimum"]
+    origin = (
+        f"`{results['command']}` of {results['date'][:10]}, {results['store']['num_instances']} instances, reward "
+        f"{results['reward']}, alpha {results['alpha']:g}: {machine['cpu']}, one thread; "
+        f"torch {versions['torch']}, Ray {versions['ray']}. Return of the uniform policy "
+        f"{results['uniform']:.4f}, of the "
+        f"optimum J* {best['return']:.4f}; the best exit of every single instance would give {results['oracle']:.4f}.\n"
+    )
+    return f"{origin}\n{markdown_table(header, rows)}"
+
+
+SUMMARY_HEADER = [
+    *("task", "split", "full depth %", "point", "ConsistentEE: saved layers %", "interval", "best baseline"),
+    *("saved layers %", "difference, points", "oracle saves %", "gap closed"),
+]
+
+
+def comparisons(results: dict[str, dict[str, Any]]) -> str:
+    """The page of the comparisons: one line per task and operating point, then every task with all its methods."""
+    if not results:
+        return "Nothing is recorded yet.\n"
+    trees = list(results.values())
+    summary = markdown_table(SUMMARY_HEADER, [cells for tree in trees for cells in _summary(tree)])
+    return summary + "".join(f"\n## {tree['task']}\n\n{_comparison(tree)}" for tree in trees)
+
+
+def ablations(results: dict[str, dict[str, Any]]) -> str:
+    """What each change of the recipe brings, from benchmarks/ablate.py."""
+    if not results:
+        return "Nothing is recorded yet.\n"
+    header = ["policy", "no loss: saved layers %", "against evidence", "within 1: saved layers %", "against evidence"]
+    parts = []
+    for tree in results.values():
+        rows = []
+        for name, variant in tree["variants"].items():
+            cells = [name]
+            for point in POINTS:
+                found = variant[point]
+                same = name == "evidence"
+                cells += [f"{100 * found['saved_layers']:.1f}", "" if same else gain_text(found["against_default"])]
+            rows.append(cells)
+        parts.append(
+            f"**{tree['task']}**, {tree['split']}, seeds {', '.join(map(str, tree['seeds']))} pooled "
+            f"(`{tree['command']}`, {tree['date'][:10]}, torch {tree['versions']['torch']}).\n\n"
+            f"{markdown_table(header, rows)}"
+        )
+    return "\n".join(parts)
+
+
+def _summary(tree: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for point, words in POINTS.items():
+        gain, gap = (tree["difference"] or {}).get(point), (tree["gap_closed"] or {}).get(point)
+        best = tree["best_baseline"][point]
+        ours, other = (tree["methods"].get(key, {}).get(point) for key in (tree["ours"], best))
+        rows.append(
+            [
+                tree["task"],
+                tree["split"],
+                f"{100 * tree['full_depth_score']['pooled']:.2f}",
+                words,
+                f"{100 * ours['saved_layers']:.1f}" if ours else "-",
+                span(ours["interval"]) if ours else "-",
+                method_name(tree, best) if best else "-",
+                f"{100 * other['saved_layers']:.1f}" if other else "-",
+                gain_text(gain) if gain else "-",
+                f"{100 * tree['oracle']['saved_layers']:.1f}",
+                f"{100 * gap:.0f} %" if gap is not None else "-",
+            ]
+        )
+    return rows
+
+
+def _comparison(tree: dict[str, Any]) -> str:
+    said = "".join(f"- {sentence}.\n" for sentence in verdicts(tree))
+    table = markdown_table(list(METHOD_HEADER), _cells(method_rows(tree)))
+    groups = ""
+    if len(tree["groups"]) > 1:
+        groups = f"\n{markdown_table(list(GROUP_HEADER), _cells(group_rows(tree)))}"
+    return f"{said}\n{_compare_origin(tree)}\n\n{table}{groups}"
+
+
+def _cells(rows: list[Row]) -> list[list[str]]:
+    """Cells of a table, those of ConsistentEE in bold."""
+    return [[f"**{cell}**" for cell in row.cells] if row.ours else row.cells for row in rows]
+
+
+def _compare_origin(tree: dict[str, Any]) -> str:
+    versions = tree["versions"]
+    return (
+        f"{tree['num_instances']} instances, seeds {', '.join(map(str, tree['seeds']))}, {tree['replicates']} "
+        f"replicates; {tree['date'][:10]}, {tree['machine']['cores']} cores, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}."
+    )
+
+
+# Marker -> (results file, table); of a name with a star, the table of all the files by name.
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "sampling": ("sampling", sampling),
+    "default": ("runs", default),
+    "tasks": ("runs", tasks),
+    "learning": ("learning-stackoverflow", learning),
+    "comparisons": ("compare-*", comparisons),
+    "ablations": ("ablation-*", ablations),
+}
+# Image -> (results file, drawing).
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "learning.svg": ("learning-stackoverflow", learning_svg),
+}
+
+
+def rendered(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:
+    """The text of a page with all its tables as the results say."""
+
+    def table(found: re.Match[str]) -> str:
+        file, make = TABLES[found[2]]
+        if "*" in file:
+            paths = sorted(results.glob(f"{file}.json"))
+            tree = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+        else:
+            tree = json.loads((results / f"{file}.json").read_text(encoding="utf-8"))
+        return f"{found[1]}{make(tree)}{found[3]}"
+
+    return MARKED.sub(table, page)
+
+
+def main(words: list[str]) -> int:
+    """Rewrite, or with ``--check`` compare; returns the exit code."""
+    code = 0
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    files = {path: rendered(path.read_text(encoding="utf-8")) for path in pages}
+    for name, (file, draw) in FIGURES.items():
+        tree = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
+        files[ROOT / "docs" / "images" / name] = draw(tree)
+    for path, new in files.items():
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if new == text:
+            continue
+        print(f"{path.relative_to(ROOT)}: {'differs from the results' if '--check' in words else 'rewritten'}")
+        code = 1 if "--check" in words else code
+        if "--check" not in words:
+            path.write_text(new, encoding="utf-8")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

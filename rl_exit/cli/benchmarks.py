@@ -1,0 +1,48 @@
+"""Commands that measure this machine: bench sampling, bench learning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rl_exit.cli.apps import bench_app
+from rl_exit.cli.common import Json, print_json, print_table, told
+
+
+@bench_app.command("sampling", epilog="Example: `rl-exit bench sampling --quick`")
+@told
+def bench_sampling(
+    quick: Annotated[bool, typer.Option("--quick", help="Within a minute, fewer repetitions.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Trajectory sampling and policy training against RLlib's own runner and the bare torch loop."""
+    from rl_exit.listings import bench_table
+    from rl_exit.progress import Terminal
+    from rl_exit.trainers.bench.sampling import run
+
+    results = run(quick, Terminal())
+    if as_json:
+        print_json(results)
+    else:
+        print_table(bench_table(results))
+
+
+@bench_app.command("learning", epilog="Example: `rl-exit bench learning runs/docstrings/rounds/1/store-train --quick`")
+@told
+def bench_learning(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A state store, e.g. runs/NAME/rounds/1/store-train.")],
+    quick: Annotated[bool, typer.Option("--quick", help="A twentieth of the trajectories, for a look.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Share of the best reachable return that each algorithm reaches, by trajectories drawn."""
+    from rl_exit.progress import Terminal
+    from rl_exit.trainers.bench.learning import run
+    from rl_exit.trainers.bench.learning_report import learning_table
+
+    results = run(store, Terminal(), quick=quick)
+    if as_json:
+        print_json(results)
+    else:
+        print_table(learning_table(results))

@@ -1,0 +1,313 @@
+"""Running a Hugging Face backbone one layer at a time.
+
+A :class:`Family` says in a few functions how the base model of one architecture embeds its input and calls its layers;
+:class:`SteppedBackbone` does the rest the same way for all of them. The layers are the model's own modules: weights,
+dropout, autocast and adapters (LoRA) act as in the model's own forward pass, and only the loop over layers is ours.
+
+Shapes: B rows, T tokens (padded on the right), H hidden size, L layers. Layers count from 1; layer 0 is the embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rl_exit.errors import ModelError
+from rl_exit.models.backbones.masks import MaskForm, attention_mask_for, attention_of
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What layers read besides states and masks; the same for every row, so that rows can leave without touching it.
+
+    Attributes:
+        by_token: Tensors [1, T, ...], one entry per position (rotary cosines and sines).
+        by_pair: Tensors [..., T, T], one entry per pair of positions (relative positions and their biases).
+        fixed: Tensors that do not depend on the length.
+    """
+
+    by_token: Mapping[str, Tensor] = field(default_factory=dict)
+    by_pair: Mapping[str, Tensor] = field(default_factory=dict)
+    fixed: Mapping[str, Tensor | None] = field(default_factory=dict)
+
+    def trim(self, length: int) -> Tables:
+        """Return the tables of the first `length` positions."""
+        return Tables(
+            by_token={name: table[:, :length] for name, table in self.by_token.items()},
+            by_pair={name: table[..., :length, :length] for name, table in self.by_pair.items()},
+            fixed=self.fixed,
+        )
+
+
+@dataclass(frozen=True)
+class StepState:
+    """A batch between two layers. Never changed in place: each operation returns a new one.
+
+    Attributes:
+        hidden: Output of the last layer that ran, before any final norm, [B, T, H].
+        attention_mask: 1 at real tokens and 0 at right padding, int64 [B, T].
+        lengths: Real tokens of each row, int64 [B], always on the CPU, so that nobody has to ask the device.
+        masks: By reach (None: everything), what the layers of that reach take as mask; None where none is needed.
+        tables: Rotary tables, relative positions and the like.
+        backbone: The backbone that made this state.
+    """
+
+    hidden: Tensor
+    attention_mask: Tensor
+    lengths: Tensor
+    masks: Mapping[int | None, Tensor | None]
+    tables: Tables
+    backbone: SteppedBackbone = field(repr=False, compare=False)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows B."""
+        return self.hidden.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Padded number of tokens T."""
+        return self.hidden.shape[1]
+
+    def select(self, rows: Tensor, length: int | None = None) -> StepState:
+        """Return the state of some rows, with right padding trimmed; positions stay as they are.
+
+        Masks are built anew for what is left, and dropped where no padding is left. ``int(state.lengths[rows].max())``
+        is the shortest `length` possible.
+
+        Args:
+            rows: Which rows to keep and in which order, integer [B'] on any device (best the CPU, where `lengths` is).
+            length: Tokens to keep, at least the longest kept row; None keeps T.
+
+        Raises:
+            ValueError: `length` would cut real tokens off, or is greater than T.
+        """
+        lengths = self.lengths[rows.to(self.lengths.device)]
+        keep = self.length if length is None else length
+        longest = int(lengths.max()) if len(lengths) else 0
+        if not longest <= keep <= self.length:
+            raise ValueError(
+                f"length must lie between the longest kept row, {longest}, and T = {self.length}, not {keep}"
+            )
+        rows = rows.to(self.hidden.device)
+        hidden = self.hidden[:, :keep].index_select(0, rows)
+        attention_mask = self.attention_mask[:, :keep].index_select(0, rows)
+        return StepState(
+            hidden=hidden,
+            attention_mask=attention_mask,
+            lengths=lengths,
+            masks=self.backbone.masks(hidden, attention_mask, lengths),
+            tables=self.tables if keep == self.length else self.tables.trim(keep),
+            backbone=self.backbone,
+        )
+
+
+def _no_tables(model: Any, hidden: Tensor) -> Tables:
+    return Tables()
+
+
+def _reach_everything(config: Any, num_layers: int) -> tuple[int | None, ...]:
+    return (None,) * num_layers
+
+
+def _accept(config: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the base models of one architecture are run layer by layer.
+
+    Attributes:
+        name: As people write it.
+        causal: Whether a token sees only what is to its left (decoders).
+        embed: ``(model, input_ids [B, T], attention_mask [B, T], token_type_ids [B, T] or None)`` to the input of
+            layer 1, [B, T, H].
+        run_layer: ``(model, index, state, mask)`` to the output of the layer with that index (from 0), [B, T, H] or a
+            tuple that begins with it.
+        count_layers: ``(model)`` to L.
+        tables: ``(model, hidden [B, T, H])`` to what is computed once per batch.
+        final_norm: ``(model)`` to the norm that follows the last layer; None where each layer ends in its own.
+        mask_form: What the layers accept as mask.
+        reaches: ``(config, L)`` to the largest distance that each layer sees, None for no limit.
+        objection: ``(config)`` to why a model of this configuration cannot be run exactly; None if it can.
+    """
+
+    name: str
+    causal: bool
+    embed: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+    run_layer: Callable[[Any, int, StepState, Tensor | None], Any]
+    count_layers: Callable[[Any], int]
+    tables: Callable[[Any, Tensor], Tables] = _no_tables
+    final_norm: Callable[[Any], nn.Module] | None = None
+    mask_form: MaskForm = "interface"
+    reaches: Callable[[Any, int], tuple[int | None, ...]] = _reach_everything
+    objection: Callable[[Any], str | None] = _accept
+
+    def build(self, model: Any) -> SteppedBackbone:
+        """Return the stepped form of a base model of this family; what :func:`register_family` takes."""
+        return SteppedBackbone(model, self)
+
+
+class SteppedBackbone(nn.Module):
+    """A Hugging Face base model that can be run one layer at a time.
+
+    Attributes:
+        model: The base model, as `AutoModel` returns it.
+        family: Name of the family.
+        num_layers: L.
+        hidden_size: H.
+        is_decoder: Whether attention is causal.
+
+    Raises:
+        ModelError: The configuration is one that cannot be run exactly.
+    """
+
+    def __init__(self, model: Any, family: Family) -> None:
+        super().__init__()
+        config = model.config
+        objection = family.objection(config)
+        if objection:
+            raise ModelError(f"This {family.name} backbone cannot be run layer by layer: {objection}.")
+        if family.mask_form == "interface":
+            attention_of(config)
+        self.model = model
+        self.training = model.training  # a model in eval mode stays in eval mode
+        self.family = family.name
+        self.num_layers = family.count_layers(model)
+        self.hidden_size = int(config.hidden_size)
+        self.is_decoder = family.causal
+        self._family = family
+        self._reaches = family.reaches(config, self.num_layers)
+
+    def begin(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> StepState:
+        """Embed a batch and compute once what all layers share.
+
+        Args:
+            input_ids: Token ids, int64 [B, T].
+            attention_mask: 1 at real tokens, 0 at padding, which must be on the right, [B, T]. None: no padding.
+            token_type_ids: Segment ids, int64 [B, T]; ignored by families without segments.
+
+        Raises:
+            ValueError: The mask has another shape, or a zero to the left of a one.
+            ModelError: An attention implementation other than sdpa or eager was chosen in the meantime.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        attention_mask = attention_mask.to(torch.int64)
+        lengths = _checked_lengths(input_ids, attention_mask)
+        hidden = self._family.embed(self.model, input_ids, attention_mask, token_type_ids)
+        return StepState(
+            hidden=hidden,
+            attention_mask=attention_mask,
+            lengths=lengths,
+            masks=self.masks(hidden, attention_mask, lengths),
+            tables=self._family.tables(self.model, hidden),
+            backbone=self,
+        )
+
+    def step(self, layer: int, state: StepState) -> StepState:
+        """Run layer `layer` (1..L) on a state that the layer before left.
+
+        Raises:
+            ValueError: There is no such layer.
+        """
+        if not 1 <= layer <= self.num_layers:
+            raise ValueError(f"layer must lie in 1..{self.num_layers}, not {layer}")
+        mask = state.masks[self._reaches[layer - 1]]
+        output = self._family.run_layer(self.model, layer - 1, state, mask)
+        hidden = output[0] if isinstance(output, tuple) else output
+        return StepState(hidden, state.attention_mask, state.lengths, state.masks, state.tables, self)
+
+    def hidden(self, layer: int, state: StepState) -> Tensor:
+        """Return what exit `layer` reads, [B, T, H]; at layer L the model's ``last_hidden_state``.
+
+        Families whose layers end in a norm give the layer's output. Where the residual stream is not normalised
+        (Llama, Qwen, GPT-2, GPT-NeoX, ModernBERT) the model's own final norm is applied, so that every exit reads
+        states of the kind that the last layer gives.
+        """
+        norm = self._family.final_norm
+        return state.hidden if norm is None else norm(self.model)(state.hidden)
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return by stepping what the library returns for ``output_hidden_states=True``, L+1 tensors [B, T, H].
+
+        The embeddings, the outputs of layers 1..L-1 before any final norm, and the ``last_hidden_state``.
+        """
+        state = self.begin(input_ids, attention_mask, token_type_ids)
+        states = [state.hidden]
+        for layer in range(1, self.num_layers + 1):
+            state = self.step(layer, state)
+            states.append(state.hidden if layer < self.num_layers else self.hidden(layer, state))
+        return states
+
+    def masks(self, hidden: Tensor, attention_mask: Tensor, lengths: Tensor) -> dict[int | None, Tensor | None]:
+        """Build the attention masks of a batch, one for each reach that a layer has (see :class:`StepState`)."""
+        form = self._family.mask_form
+        eager = form == "interface" and attention_of(self.model.config) == "eager"
+        padded = bool((lengths < hidden.shape[1]).any())
+        return {
+            reach: attention_mask_for(
+                attention_mask,
+                padded=padded,
+                causal=self.is_decoder,
+                reach=reach,
+                form=form,
+                eager=eager,
+                dtype=hidden.dtype,
+            )
+            for reach in dict.fromkeys(self._reaches)
+        }
+
+
+def _checked_lengths(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the row lengths, int64 [B] on the CPU, after one question to the device."""
+    if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
+        given = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
+        raise ValueError(f"input_ids and attention_mask must both have shape [B, T], not {given}")
+    lengths = attention_mask.sum(1)
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    wrong = (attention_mask != (positions < lengths[:, None])).sum()
+    *on_cpu, misplaced = torch.cat([lengths, wrong[None]]).tolist()
+    if misplaced:
+        raise ValueError("attention_mask must be 1 at real tokens and 0 after them: batches are padded on the right")
+    return torch.tensor(on_cpu, dtype=torch.int64)
+
+
+@torch.no_grad()
+def deviation(
+    backbone: SteppedBackbone, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+) -> float:
+    """Return the largest difference at a real token between stepping and the library's own hidden states.
+
+    The check for a new family: below 1e-5 in float32 and eval mode, or the adapter is wrong.
+
+    Args:
+        backbone: In eval mode (dropout would make any two passes differ).
+        input_ids: Token ids, int64 [B, T].
+        attention_mask: 1 at real tokens, int64 [B, T]; of different lengths, or padding is not checked.
+        token_type_ids: Segment ids, for families that have them.
+
+    Raises:
+        ValueError: The library returns another number of hidden states, or the backbone is in training mode.
+    """
+    if backbone.model.training:
+        raise ValueError(
+            "the backbone is in training mode, where dropout makes any two passes differ: call eval() first"
+        )
+    extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+    output = backbone.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **extra)
+    expected = [*output.hidden_states[:-1], output.last_hidden_state]
+    stepped = backbone.hidden_states(input_ids, attention_mask, token_type_ids)
+    if len(expected) != len(stepped):
+        raise ValueError(f"the library returns {len(expected)} hidden states, stepping {len(stepped)}")
+    real = attention_mask.bool()
+    return max(float((a[real] - b[real]).abs().max()) for a, b in zip(expected, stepped, strict=True))

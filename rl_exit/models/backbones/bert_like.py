@@ -1,0 +1,94 @@
+"""BERT, RoBERTa (also XLM-RoBERTa, CamemBERT), ELECTRA, DistilBERT, ALBERT: post-norm encoders, absolute positions.
+
+Relied on: ``model.embeddings``; ``model.encoder.layer`` (``model.transformer.layer`` in DistilBERT) whose modules are
+called as ``layer(hidden, mask)``; ELECTRA's optional ``embeddings_project``; ALBERT's ``embedding_hidden_mapping_in``
+and ``albert_layer_groups``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rl_exit.models.backbones.base import Family, StepState
+
+
+def _causal_objection(config: Any) -> str | None:
+    if getattr(config, "is_decoder", False):
+        return "its configuration says is_decoder=true, but only the encoder form is supported; set is_decoder=false"
+    return None
+
+
+def _embed(model: Any, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    hidden: Tensor = model.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+    if hasattr(model, "embeddings_project"):  # ELECTRA, where the embeddings are narrower than the layers
+        hidden = model.embeddings_project(hidden)
+    return hidden
+
+
+def _run(model: Any, index: int, state: StepState, mask: Tensor | None) -> Any:
+    return model.encoder.layer[index](state.hidden, mask)
+
+
+def _count(model: Any) -> int:
+    return len(model.encoder.layer)
+
+
+def _bert_like(name: str) -> Family:
+    return Family(
+        name=name, causal=False, embed=_embed, run_layer=_run, count_layers=_count, objection=_causal_objection
+    )
+
+
+BERT = _bert_like("BERT")
+ROBERTA = _bert_like("RoBERTa")
+ELECTRA = _bert_like("ELECTRA")
+
+
+def _distilbert_embed(model: Any, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    return model.embeddings(input_ids)
+
+
+def _distilbert_run(model: Any, index: int, state: StepState, mask: Tensor | None) -> Any:
+    return model.transformer.layer[index](state.hidden, mask)
+
+
+DISTILBERT = Family(
+    name="DistilBERT",
+    causal=False,
+    embed=_distilbert_embed,
+    run_layer=_distilbert_run,
+    count_layers=lambda model: len(model.transformer.layer),
+)
+
+
+def _albert_embed(model: Any, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    embedded = model.embeddings(input_ids, token_type_ids=token_type_ids)
+    return model.encoder.embedding_hidden_mapping_in(embedded)
+
+
+def _albert_run(model: Any, index: int, state: StepState, mask: Tensor | None) -> Any:
+    config = model.config
+    # The same few groups of weights serve all layers.
+    group = index * config.num_hidden_groups // config.num_hidden_layers
+    return model.encoder.albert_layer_groups[group](state.hidden, mask)
+
+
+def _albert_objection(config: Any) -> str | None:
+    if config.inner_group_num != 1:
+        return (
+            f"it has inner_group_num={config.inner_group_num}, where one layer of the configuration is several real "
+            "ones; only inner_group_num=1 is supported"
+        )
+    return None
+
+
+ALBERT = Family(
+    name="ALBERT",
+    causal=False,
+    embed=_albert_embed,
+    run_layer=_albert_run,
+    count_layers=lambda model: int(model.config.num_hidden_layers),
+    objection=_albert_objection,
+)

@@ -1,0 +1,425 @@
+"""The multi-exit model: a Hugging Face backbone, an exit classifier at every layer, an exit policy.
+
+It is a transformers model of type ``early_exit``: ``AutoModelForSequenceClassification``, ``Trainer`` and
+``pipeline("text-classification")`` work on it once this module is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import ModelOutput
+
+from rl_exit.criteria import Carry, ConsistentEE, Criterion, LayerView
+from rl_exit.errors import ModelError
+from rl_exit.inference import choose_criterion, run_batch, run_texts
+from rl_exit.models import folder, pretrained
+from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_input, input_size, policy_input
+from rl_exit.models.backbones import StepState, step_backbone
+from rl_exit.models.exits import ExitHeads, pool
+from rl_exit.models.policy import PolicyHeads
+
+POOLINGS = ("cls", "mean", "last")
+
+
+class EarlyExitConfig(PretrainedConfig):
+    """What ``config.json`` of a saved model holds, beside the common fields of transformers (``id2label``, ...).
+
+    Args:
+        backbone: Configuration of the backbone, as a mapping with its ``model_type``.
+        backbone_name: Where its weights came from, for the model card.
+        pooling: ``"cls"``, ``"mean"`` or ``"last"``: the pooled state of a layer.
+        policy_width: W, hidden width of the policy heads.
+        policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"`` (:mod:`rl_exit.models.answers`).
+        policy_shared: Whether the policy heads of all layers share their weights.
+        dropout: On the state before an exit, in training.
+        max_tokens: Tokens per text, longer are cut (``max_length`` is a word of text generation in transformers).
+        threshold: Operating point: leave at the first ``pi > threshold``.
+        metric: The task's metric.
+        task: The task's name.
+        **kwargs: Common fields.
+    """
+
+    model_type = "early_exit"
+    # Trainer's compute_metrics sees the class logits alone.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_layer"]
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] | None = None,
+        backbone_name: str = "",
+        pooling: str = "cls",
+        policy_width: int = 64,
+        policy_inputs: Inputs = "state",
+        policy_shared: bool = False,
+        dropout: float = 0.1,
+        max_tokens: int = 128,
+        threshold: float = 0.5,
+        metric: str = "accuracy",
+        task: str = "",
+        **kwargs: Any,
+    ) -> None:
+        self.backbone = backbone or {}
+        self.backbone_name = backbone_name
+        self.pooling = pooling
+        self.policy_width = policy_width
+        self.policy_inputs = policy_inputs
+        self.policy_shared = policy_shared
+        self.dropout = dropout
+        self.max_tokens = max_tokens
+        self.threshold = threshold
+        self.metric = metric
+        self.task = task
+        super().__init__(**kwargs)
+
+    def backbone_config(self) -> Any:
+        """The backbone's configuration as its own class."""
+        values = dict(self.backbone)
+        return AutoConfig.for_model(values.pop("model_type", ""), **values)
+
+
+class AllExits(NamedTuple):
+    """One pass over all layers.
+
+    Attributes:
+        states: [B, L, H], pooled states.
+        logits: [B, L, C], logits of every exit.
+    """
+
+    states: Tensor
+    logits: Tensor
+
+
+@dataclass
+class EarlyExitOutput(ModelOutput):
+    """What ``forward`` returns.
+
+    Attributes:
+        loss: Scalar, where labels were given.
+        logits: [B, C], of the exit each row left at.
+        exit_layer: [B] int64, 1..L.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    exit_layer: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one text.
+
+    Attributes:
+        label: Name of the class.
+        label_id: Its number.
+        probabilities: [C], of the exit that answered.
+        exit_layer: 1..L.
+    """
+
+    label: str
+    label_id: int
+    probabilities: list[float]
+    exit_layer: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+class EarlyExitModel(PreTrainedModel):
+    """Backbone run layer by layer, exits at 1..L, policy at 1..L-1.
+
+    Attributes:
+        backbone: The stepped backbone; ``backbone.model`` is the Hugging Face model.
+        exits: Exit classifiers.
+        policy: Exit policy.
+        tokenizer: Its tokenizer (None on a model made from a configuration alone).
+        num_layers: L.
+    """
+
+    config_class = EarlyExitConfig
+    main_input_name = "input_ids"
+    # The backbone chooses its attention from its own configuration.
+    _supports_sdpa = True
+
+    def __init__(self, config: EarlyExitConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if config.pooling not in POOLINGS:
+            raise ModelError(f"pooling '{config.pooling}' is unknown; accepted: {', '.join(POOLINGS)}")
+        if not isinstance(config.max_tokens, int) or config.max_tokens < 1:
+            raise ModelError(f"max_tokens = {config.max_tokens!r}; accepted: a whole number of at least 1")
+        base = AutoModel.from_config(config.backbone_config()) if backbone is None else backbone
+        # The pooler of BERT-like models serves their own head; kept, it would be saved and never trained.
+        if getattr(base, "pooler", None) is not None:
+            base.pooler = None
+        self.backbone = step_backbone(base)
+        self.num_layers: int = self.backbone.num_layers
+        hidden = self.backbone.hidden_size
+        if self.num_layers < 2:
+            raise ModelError(f"backbone '{config.backbone_name}' has {self.num_layers} layer; early exit needs two")
+        self.exits = ExitHeads(self.num_layers, hidden, config.num_labels, config.dropout)
+        if config.policy_inputs not in INPUTS:
+            raise ModelError(f"policy_inputs '{config.policy_inputs}' is unknown; accepted: {', '.join(INPUTS)}")
+        self.policy = PolicyHeads(
+            self.num_layers, input_size(config.policy_inputs, hidden), config.policy_width, config.policy_shared
+        )
+        self.tokenizer: Any = None
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Heads draw their own weights when made; the backbone's modules are initialised by its own class."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per text, longer are cut."""
+        return int(self.config.max_tokens)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The backbone's token embeddings."""
+        return self.backbone.model.get_input_embeddings()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str,
+        label_names: Sequence[str],
+        *,
+        pooling: str | None = None,
+        policy_width: int = 64,
+        policy_inputs: Inputs = "state",
+        policy_shared: bool = False,
+        dropout: float = 0.1,
+        max_length: int = 128,
+        seed: int = 0,
+    ) -> EarlyExitModel:
+        """Put fresh exits and a fresh policy on a pretrained backbone.
+
+        Args:
+            backbone: ``"minilm"`` (PyPI package), a folder, or a hub id.
+            label_names: Class names in the order of their numbers, C >= 2.
+            pooling: ``"cls"``, ``"mean"`` or ``"last"``; None: mean for MiniLM, what a sentence-transformers model
+                names, last for other decoders, cls for other encoders.
+            policy_width: Hidden width of the policy heads.
+            policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"``.
+            policy_shared: Whether the policy heads of all layers share their weights.
+            dropout: On the state before an exit, in training.
+            max_length: Tokens per text.
+            seed: Decides the initial heads; torch's generator is left as it was.
+
+        Raises:
+            ModelError: The backbone cannot be loaded or run layer by layer, or an argument does not fit it.
+        """
+        names = _checked_names(label_names)
+        with torch.random.fork_rng(devices=[]):
+            loaded = pretrained.load_backbone(backbone)
+        limit = pretrained.position_limit(loaded.model.config)
+        if max_length < 4 or (limit is not None and max_length > limit):
+            raise ModelError(f"max_length = {max_length}; backbone '{backbone}' accepts 4 to {limit or 'any'} tokens")
+        decoder = bool(step_backbone(loaded.model).is_decoder)
+        inner = loaded.model.config.to_dict()
+        for key in ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures"):
+            inner.pop(key, None)
+        config = EarlyExitConfig(
+            backbone=inner,
+            backbone_name=loaded.origin,
+            pooling=pooling or loaded.pooling or ("last" if decoder else "cls"),
+            policy_width=policy_width,
+            policy_inputs=policy_inputs,
+            policy_shared=policy_shared,
+            dropout=dropout,
+            max_tokens=max_length,
+            id2label=dict(enumerate(names)),
+            label2id={name: number for number, name in enumerate(names)},
+            pad_token_id=loaded.tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(config, loaded.model)
+        model.tokenizer = loaded.tokenizer
+        # What pipelines cut at when told to truncate.
+        model.tokenizer.model_max_length = max_length
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model; a folder needs no network, anything else is a hub id.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            *args: As in transformers.
+            **kwargs: As in transformers; safetensors only, and no remote code.
+
+        Raises:
+            ModelError: Missing, no early-exit model, damaged, incomplete, or without tokenizer.
+        """
+        return folder.load(cls, super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
+
+    def save_pretrained(self, save_directory: Any, card: str | None = None, **kwargs: Any) -> None:
+        """Write config.json, model.safetensors, tokenizer and README.md; a folder is replaced only when all is written.
+
+        Args:
+            save_directory: Folder; other files in it stay.
+            card: Model card (see :func:`rl_exit.models.card.model_card`); default: one without results.
+            **kwargs: As in transformers (``state_dict``, ``is_main_process``).
+
+        Raises:
+            UserError: The folder cannot be written, or there is no space left.
+            ModelError: There is no tokenizer, or LoRA adapters are not merged.
+        """
+        folder.save(self, super().save_pretrained, Path(save_directory), card, kwargs)
+
+    def view(self, layer: int, state: StepState) -> LayerView:
+        """What a criterion sees after ``layer``: pooled state, exit logits and policy, computed when read."""
+        view = LayerView(
+            layer,
+            self.num_layers,
+            state.batch_size,
+            state.hidden.device,
+            state=lambda: self._pooled(layer, state),
+            logits=lambda: self.exits.at(layer, view.state),
+            exit_logit=lambda carry: self._exit_logit(view, carry),
+        )
+        return view
+
+    def all_exits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> AllExits:
+        """Run all layers; differentiable.
+
+        Args:
+            input_ids: int64 [B, T], padded on the right.
+            attention_mask: [B, T], 1 at real tokens; None: no padding.
+            token_type_ids: int64 [B, T], where the backbone has segments.
+
+        Returns:
+            States [B, L, H] and logits [B, L, C].
+        """
+        state = self.backbone.begin(input_ids, attention_mask, token_type_ids)
+        pooled = []
+        for layer in range(1, self.num_layers + 1):
+            state = self.backbone.step(layer, state)
+            pooled.append(self._pooled(layer, state))
+        states = torch.stack(pooled, 1)
+        return AllExits(states, self.exits(states))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> EarlyExitOutput | tuple[Tensor, ...]:
+        """Classify, as transformers calls it.
+
+        In evaluation mode every row really leaves at its layer, by the policy and ``config.threshold``; the loss is the
+        cross-entropy there. In training mode all layers run and the loss is ``sum_l l CE_l / sum_l l`` (Eq. 2), so that
+        Trainer does the initialisation; the policy is not trained.
+
+        Args:
+            input_ids: int64 [B, T], padded on the right.
+            attention_mask: [B, T].
+            token_type_ids: int64 [B, T].
+            labels: int64 [B].
+            return_dict: False: a plain tuple.
+        """
+        loss: Tensor | None = None
+        if self.training:
+            every = self.all_exits(input_ids, attention_mask, token_type_ids).logits
+            logits = every[:, -1]
+            exit_layer = torch.full((len(every),), self.num_layers, device=every.device)
+            if labels is not None:
+                loss = _weighted_loss(every, labels)
+        else:
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+            batch = {key: value for key, value in given.items() if value is not None}
+            out = run_batch(self, batch, ConsistentEE(self.config.threshold))
+            logits, exit_layer = out.logits, out.exit_layer.to(out.logits.device)
+            if labels is not None:
+                loss = F.cross_entropy(logits.float(), labels)
+        output = EarlyExitOutput(loss=loss, logits=logits, exit_layer=exit_layer)
+        return output.to_tuple() if return_dict is False else output
+
+    def predict(
+        self,
+        texts: Iterable[str],
+        text_pairs: Iterable[str] | None = None,
+        *,
+        batch_size: int = 32,
+        threshold: float | None = None,
+        criterion: Criterion | None = None,
+        progress: bool = False,
+    ) -> list[Prediction]:
+        """Classify texts; each leaves at its own layer and the layers above are not computed for it.
+
+        Args:
+            texts: N texts.
+            text_pairs: N second texts, for tasks on sentence pairs.
+            batch_size: Texts at a time; changes speed, not results.
+            threshold: Of the policy, in place of ``config.threshold``.
+            criterion: In place of the policy, e.g. ``rl_exit.criteria.criterion("max_probability", threshold=0.9)``.
+            progress: Show a bar on standard error.
+
+        Returns:
+            N predictions, in the order of the texts.
+
+        Raises:
+            UserError: Something other than texts was given, or a value out of range.
+        """
+        rule = choose_criterion(criterion, threshold, self.config.threshold)
+        out = run_texts(self, texts, text_pairs, rule, batch_size, progress)
+        chosen = out.logits.argmax(-1)
+        names = self.config.id2label
+        return [
+            Prediction(names[number], number, probabilities, layer)
+            for number, probabilities, layer in zip(
+                chosen.tolist(), out.logits.softmax(-1).tolist(), out.exit_layer.tolist(), strict=True
+            )
+        ]
+
+    def exit_logits(self, states: Tensor, logits: Tensor) -> Tensor:
+        """The policy's log-odds of Exit at layers 1..L-1, [B, L-1], from states [B, L, H] and logits [B, L, C]."""
+        return self.policy(every_policy_input(self.config.policy_inputs, states, logits))
+
+    def _exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
+        """Log-odds of Exit of one layer, [B]; what the exits answered is remembered in the carry."""
+        inputs = self.config.policy_inputs
+        figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.logits, carry)
+        state = None if inputs == "answers" else view.state
+        return self.policy.at(view.layer, policy_input(inputs, state, figures))
+
+    def _pooled(self, layer: int, state: StepState) -> Tensor:
+        return pool(self.backbone.hidden(layer, state), state.attention_mask, self.config.pooling)
+
+
+def _weighted_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """``sum_l l CE_l / sum_l l`` (Eq. 2), mean over the batch. logits [B, L, C], labels [B]."""
+    layers = logits.shape[1]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), labels[:, None].expand(-1, layers), reduction="none")
+    weight = torch.arange(1, layers + 1, device=losses.device, dtype=losses.dtype)
+    return (losses.mean(0) * weight).sum() / weight.sum()
+
+
+def _checked_names(label_names: Sequence[str]) -> list[str]:
+    names = list(label_names)
+    if len(names) < 2 or len(set(names)) != len(names) or not all(isinstance(name, str) and name for name in names):
+        raise ModelError(f"label names {names[:8]}; accepted: two or more different, non-empty strings")
+    return names
+
+
+AutoConfig.register("early_exit", EarlyExitConfig, exist_ok=True)
+AutoModel.register(EarlyExitConfig, EarlyExitModel, exist_ok=True)
+AutoModelForSequenceClassification.register(EarlyExitConfig, EarlyExitModel, exist_ok=True)

@@ -1,0 +1,410 @@
+"""The whole run: data, initialisation, rounds of policy phase and task step, final evaluation.
+
+A round is: state store of the training set with the current exits, policy phase on it, evaluation on dev, task step
+under the frozen policy. After the last task step a closing round without one fits the policy to the exits that it will
+serve. The round with the best dev result becomes the model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rl_exit.config import OptimConfig, RunConfig
+from rl_exit.data.instances import Instances
+from rl_exit.data.tasks import load_task, tokenise
+from rl_exit.envs.state_store import StateStore
+from rl_exit.errors import UserError
+from rl_exit.evaluation import SplitResult, check_metric, choose_threshold
+from rl_exit.files import read_json, telling_disk_errors, write_json
+from rl_exit.models.early_exit import EarlyExitModel
+from rl_exit.progress import Display, Progress
+from rl_exit.report import write_report
+from rl_exit.seeding import derive_seed
+from rl_exit.trainers.exit_training import ExitTraining, LoraSettings, objective_options, train_exits
+from rl_exit.trainers.finish import finish
+from rl_exit.trainers.initialised import take_initialised
+from rl_exit.trainers.policy_phase import PolicyPhaseSettings, PolicyProgress, train_policy
+from rl_exit.trainers.policy_store import policy_store
+from rl_exit.trainers.rllib.registry import check_algorithm
+from rl_exit.trainers.run_directory import MetricLog, RunDirectory
+from rl_exit.trainers.store_evaluation import evaluate_store
+from rl_exit.trainers.store_phase import build_store
+from rl_exit.trainers.supervised import OptimSettings
+
+
+def train(config: RunConfig, display: Display, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Do a run from its configuration to its results.
+
+    Args:
+        config: The resolved configuration.
+        display: Where progress is shown.
+        resume: Go on with an interrupted run.
+        overwrite: Replace a run of the same name.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        UserError: Anything the user can mend, in one message.
+    """
+    check_algorithm(config.algorithm)
+    with RunDirectory.locked(config.run_dir), telling_disk_errors(config.run_dir):
+        run = RunDirectory.create(config, resume=resume, overwrite=overwrite)
+        if run.result("report") is not None:
+            display.say(f"{run.path}: this run is finished; its results:")
+        else:
+            try:
+                _Alternation(run, display).go()
+            except UserError:
+                run.discard_if_empty()
+                raise
+        return read_json(run.path / "results.json")
+
+
+def initialise(config: RunConfig, display: Display) -> Path:
+    """Do the data and initialisation steps of a run and no more, going on where an earlier try ended.
+
+    Args:
+        config: The resolved configuration; it names the run directory.
+        display: Where progress is shown.
+
+    Returns:
+        Folder of the initialised model, for ``init.model`` of other runs.
+
+    Raises:
+        UserError: Anything the user can mend, in one message.
+    """
+    with RunDirectory.locked(config.run_dir), telling_disk_errors(config.run_dir):
+        run = RunDirectory.create(config, resume=True)
+        try:
+            _Alternation(run, display).initialise()
+        except UserError:
+            run.discard_if_empty()
+            raise
+        shutil.rmtree(run.path / "init" / "start", ignore_errors=True)
+        return run.path / "init" / "model"
+
+
+class _Alternation:
+    """The steps of one run, in order; each is skipped when its marker is there."""
+
+    def __init__(self, run: RunDirectory, display: Display) -> None:
+        self.run = run
+        self.config = run.config
+        self.display = display
+
+    def initialise(self) -> None:
+        """Do the steps before the first round."""
+        self.run.run_step("data", self._prepare_data, "data")
+        self.run.run_step("init", self._initialise, "init")
+
+    def go(self) -> None:
+        """Do every open step."""
+        self.initialise()
+        model = self.run.path / "init" / "model"
+        last = self.config.alternation.rounds + 1
+        outcomes: list[dict[str, Any]] = []
+        for number in range(1, last + 1):
+            folder = self._round(number)
+            self.run.run_step(f"round-{number}-store", partial(self._store, number, model), "store", number)
+            self.run.run_step(f"round-{number}-policy", partial(self._policy, number, model), "policy", number)
+            outcome = self.run.run_step(f"round-{number}-dev", partial(self._dev, number), "dev", number)
+            outcomes.append(outcome)
+            chosen = best_round(outcomes, self.config)
+            self.display.say(
+                f"round {number}: dev {100 * outcome['score']:.2f} at mean exit layer {outcome['mean_exit_layer']:.2f} "
+                f"(full depth {100 * outcome['reference']:.2f})"
+            )
+            if number == last or number - chosen["round"] >= self.config.alternation.patience:
+                break
+            self.run.run_step(f"round-{number}-task", partial(self._task, number), "task", number)
+            model = folder / "trained"
+        self.run.run_step("final", lambda log: finish(self.run, self.display, chosen), "final")
+        self.run.run_step("report", lambda log: self._report(chosen["round"]), "report")
+
+    def _report(self, best: int) -> dict[str, Any]:
+        self.run.gather_metrics()
+        write_report(self.run.path)
+        self._tidy(best)
+        return {}
+
+    def _round(self, number: int) -> Path:
+        return self.run.path / "rounds" / str(number)
+
+    def _prepare_data(self, log: MetricLog) -> dict[str, Any]:
+        c = self.config
+        self.display.say(f"task {c.task.name}, backbone {c.model.backbone}")
+        task = load_task(c.task, c.seed)
+        check_metric(task.metric, len(task.label_names))
+        model = EarlyExitModel.from_backbone(
+            c.model.backbone,
+            task.label_names,
+            pooling=c.model.pooling,
+            policy_width=c.model.policy_width,
+            policy_inputs=c.policy.inputs,
+            policy_shared=c.policy.shared,
+            dropout=c.model.dropout,
+            max_length=c.model.max_length,
+            seed=derive_seed(c.seed, "heads"),
+        )
+        sizes = {}
+        for split, texts in task.splits.items():
+            instances = tokenise(texts, model.tokenizer, c.model.max_length)
+            if split == "train" and c.policy.holdout:
+                fitted, held = hold_out(len(instances), c.policy.holdout, derive_seed(c.seed, "holdout"))
+                instances.take(held).save(self._instances("held"))
+                if c.policy.instances == "all":
+                    instances.save(self._instances("all"))
+                sizes["held"] = len(held)
+                instances = instances.take(fitted)
+            instances.save(self._instances(split))
+            sizes[split] = len(instances)
+        write_json(
+            self.run.path / "data" / "task.json",
+            {
+                "name": task.name,
+                "label_names": list(task.label_names),
+                "metric": task.metric,
+                "description": task.description,
+                "sizes": sizes,
+            },
+        )
+        model.save_pretrained(self.run.path / "init" / "start")
+        return {"sizes": sizes, "num_layers": model.num_layers}
+
+    def _initialise(self, log: MetricLog) -> dict[str, Any]:
+        c = self.config
+        folder = self.run.path / "init"
+        if c.init.model is not None:
+            self.display.say(f"initialisation taken from {c.init.model}")
+            return take_initialised(c.init.model, folder / "start", folder / "model")
+        job = ExitTraining(
+            model=str(folder / "start"),
+            instances=str(self._instances("train")),
+            output=str(folder / "model"),
+            checkpoint=str(folder / "checkpoint"),
+            weights=c.init.objective,
+            settings=optim_settings(c.init),
+            lora=LoraSettings(),
+            seed=derive_seed(c.seed, "init"),
+            options=objective_options(c.init),
+            visits=str(folder / "forgetting.arrow"),
+        )
+        return self._train_exits(job, "initialisation", log)
+
+    def _store(self, number: int, model_path: Path, log: MetricLog) -> dict[str, Any]:
+        c = self.config
+        model = EarlyExitModel.from_pretrained(model_path)
+        for split in ("train", "dev"):
+            # What the policy learns on: instances that the exits were not fitted to, where some were kept for it.
+            source = self._instances(c.policy.instances if split == "train" and c.policy.holdout else split)
+            instances = Instances.open(source)
+            with self.display.step(f"round {number}: states of {split}", len(instances)) as progress:
+                build_store(
+                    model,
+                    instances,
+                    self._round(number) / f"store-{split}",
+                    c.store.dtype,
+                    c.store.shard_size,
+                    c.store.batch_size,
+                    progress,
+                    num_workers=c.store.num_workers,
+                    model_path=model_path,
+                    instances_path=source,
+                )
+        return {"model": str(model_path.relative_to(self.run.path))}
+
+    def _policy(self, number: int, model_path: Path, log: MetricLog) -> dict[str, Any]:
+        c = self.config
+        model = EarlyExitModel.from_pretrained(model_path)
+        settings = policy_settings(c, derive_seed(c.seed, "policy", number))
+        with (
+            policy_store(self._round(number) / "store-train", c.policy.inputs) as store,
+            self.display.step(f"round {number}: policy ({c.algorithm})", c.policy.epochs) as progress,
+        ):
+            outcome = train_policy(
+                store,
+                {name: value.detach().clone() for name, value in model.policy.state_dict().items()},
+                settings,
+                _policy_reporter(progress, log),
+            )
+        for warning in outcome.warnings:
+            self.display.say(f"warning: {warning}")
+        model.policy.load_state_dict(outcome.weights)
+        model.save_pretrained(self._round(number) / "model")
+        return {"warnings": list(outcome.warnings)}
+
+    def _dev(self, number: int, log: MetricLog) -> dict[str, Any]:
+        c = self.config
+        folder = self._round(number)
+        model = EarlyExitModel.from_pretrained(folder / "model")
+        metric = read_json(self.run.path / "data" / "task.json")["metric"]
+        store = StateStore.open(folder / "store-dev")
+
+        def at(threshold: float) -> SplitResult:
+            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs)
+
+        at_half = at(0.5)
+        reference = self._reference(number, at_half)
+        threshold = pick_threshold(c, at_half, reference)
+        result = at_half if threshold == 0.5 else at(threshold)
+        log.log(
+            number,
+            number,
+            {
+                "score": result.score,
+                "mean_exit_layer": result.mean_exit_layer,
+                "full_depth_score": result.full_depth_score,
+                "threshold": threshold,
+            },
+        )
+        return {
+            "round": number,
+            "reference": reference,
+            "threshold": threshold,
+            "score": result.score,
+            "mean_exit_layer": result.mean_exit_layer,
+            "dev": result.to_dict(),
+        }
+
+    def _reference(self, number: int, result: SplitResult) -> float:
+        """What early exit is measured against: full depth right after initialisation, or of these exits if better."""
+        if number == 1:
+            return result.full_depth_score
+        first = self.run.result("round-1-dev")
+        assert first is not None  # rounds are done in order
+        return max(float(first["reference"]), result.full_depth_score)
+
+    def _task(self, number: int, log: MetricLog) -> dict[str, Any]:
+        c = self.config
+        folder = self._round(number)
+        job = ExitTraining(
+            model=str(folder / "model"),
+            instances=str(self._instances("train")),
+            output=str(folder / "trained"),
+            checkpoint=str(folder / "checkpoint"),
+            weights=c.task_step.draw,
+            settings=optim_settings(c.task_step),
+            lora=LoraSettings(**c.task_step.lora.model_dump()),
+            seed=derive_seed(c.seed, "task", number),
+            options=objective_options(c.task_step),
+        )
+        return self._train_exits(job, f"round {number}: task step", log)
+
+    def _train_exits(self, job: ExitTraining, title: str, log: MetricLog) -> dict[str, Any]:
+        c = self.config
+        last: dict[str, float] = {}
+        with self.display.step(title, 1.0) as progress:
+
+            def on_update(done: int, total: int, epoch: float, values: dict[str, float]) -> None:
+                progress.update(done / total, f"loss {values['loss']:.3f}")
+                if done % max(1, total // 200) == 0 or done == total:
+                    log.log(done, epoch, values)
+                last.update(values)
+
+            train_exits(job, on_update, c.task_step.num_workers, c.task_step.use_gpu)
+        shutil.rmtree(job.checkpoint, ignore_errors=True)
+        shutil.rmtree(Path(job.checkpoint).parent / "train", ignore_errors=True)
+        return {"loss": last.get("loss")}
+
+    def _instances(self, split: str) -> Path:
+        return (self.run.path / "data" / f"{split}.arrow").absolute()
+
+    def _tidy(self, best: int) -> None:
+        """Drop what a finished run no longer needs: models on the way, and state stores unless all are kept."""
+        shutil.rmtree(self.run.path / "init" / "start", ignore_errors=True)
+        for folder in (self.run.path / "rounds").iterdir():
+            shutil.rmtree(folder / "trained", ignore_errors=True)
+            if self.config.keep_rounds != "all":
+                shutil.rmtree(folder / "model", ignore_errors=True)
+                if folder.name != str(best):
+                    shutil.rmtree(folder / "store-train", ignore_errors=True)
+                    shutil.rmtree(folder / "store-dev", ignore_errors=True)
+
+
+def optim_settings(section: OptimConfig) -> OptimSettings:
+    """The optimiser's plain values out of a configuration section."""
+    return OptimSettings(**{name: getattr(section, name) for name in OptimSettings.__dataclass_fields__})
+
+
+def best_round(outcomes: Sequence[dict[str, Any]], config: RunConfig) -> dict[str, Any]:
+    """The round to keep, with its threshold.
+
+    All rounds are held against the best full depth that any of them has reached: exits that a later task step has made
+    better judge the earlier rounds too. Within the tolerance more saved layers win; outside of it a better score does.
+
+    Args:
+        outcomes: What every round so far came to on dev.
+        config: Tolerance, and the threshold where it is fixed.
+
+    Returns:
+        ``round``, ``threshold``, ``score`` and ``mean_exit_layer`` (on dev) of the best; the earliest of equals.
+    """
+    reference = max(float(outcome["reference"]) for outcome in outcomes)
+
+    def judged(outcome: dict[str, Any]) -> tuple[tuple[float, ...], dict[str, Any]]:
+        found = SplitResult.from_dict(outcome["dev"])
+        threshold, score, layer = found.threshold, found.score, found.mean_exit_layer
+        if config.inference.threshold == "auto":
+            threshold = choose_threshold(found.curve, reference, config.alternation.tolerance)
+            _, score, layer = next(point for point in found.curve if point.threshold == threshold)
+        within = score >= reference - config.alternation.tolerance - 1e-9
+        rank = (1.0, -layer, score) if within else (0.0, score, -layer)
+        return rank, {"round": outcome["round"], "threshold": threshold, "score": score, "mean_exit_layer": layer}
+
+    return max((judged(outcome) for outcome in outcomes), key=lambda pair: pair[0])[1]
+
+
+def hold_out(count: int, share: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows to fit the exits to, and rows that are kept for the policy; each ascending, at least one of either.
+
+    Raises:
+        UserError: There are too few instances for both.
+    """
+    if count < 2:
+        raise UserError(f"{count} training instance; policy.holdout = {share:g} needs two or more, or set it to 0")
+    number = min(max(1, round(share * count)), count - 1)
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[number:]), np.sort(order[:number])
+
+
+def policy_settings(config: RunConfig, seed: int) -> PolicyPhaseSettings:
+    """The policy phase's plain values out of a configuration."""
+    policy = config.policy.model_dump(exclude={"inputs", "holdout", "instances"})
+    return PolicyPhaseSettings(
+        algorithm=config.algorithm,
+        reward=config.reward.name,
+        alpha=config.reward.alpha,
+        runner=config.sampling.runner,
+        num_env_runners=config.sampling.num_env_runners,
+        envs_per_runner=config.sampling.envs_per_runner,
+        transport=config.sampling.transport,
+        overlap=config.sampling.overlap,
+        num_learners=config.learners.num_learners,
+        learner_gpu=config.learners.use_gpu,
+        width=config.model.policy_width,
+        seed=seed,
+        **policy,
+    )
+
+
+def pick_threshold(config: RunConfig, dev: SplitResult, reference: float) -> float:
+    """The threshold of the configuration, or the one chosen on dev."""
+    if config.inference.threshold != "auto":
+        return float(config.inference.threshold)
+    return choose_threshold(dev.curve, reference, config.alternation.tolerance)
+
+
+def _policy_reporter(progress: Progress, log: MetricLog) -> Callable[[PolicyProgress], None]:
+    def report(at: PolicyProgress) -> None:
+        progress.update(at.epoch, f"return {at.metrics['return']:.3f}, exit {at.metrics['mean_exit_layer']:.2f}")
+        log.log(at.step, at.epoch, at.metrics)
+
+    return report

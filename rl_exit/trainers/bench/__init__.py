@@ -1,0 +1,1 @@
+"""Benchmarks of the policy phase: ``rl-exit bench sampling``."""

@@ -1,0 +1,286 @@
+"""Initialisation and task step as a Ray Train job (in this process with 0 workers, data-parallel otherwise)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rl_exit.config import OptimConfig
+from rl_exit.criteria.heads import learned_head
+from rl_exit.criteria.learned import write_learned
+from rl_exit.data.instances import Instances
+from rl_exit.errors import UserError
+from rl_exit.models.early_exit import EarlyExitModel
+from rl_exit.models.lora import add_lora, merge_lora
+from rl_exit.objectives import DRAWS, Objective, ObjectiveOptions, Shape, objective, task_step
+from rl_exit.seeding import derive_seed
+from rl_exit.trainers.supervised import OnUpdate, OptimSettings, Rank, fit
+
+REPORT_EVERY = 10
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Plain values of :class:`rl_exit.config.LoraConfig`; rank 0 trains the whole backbone."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ExitTraining:
+    """One training of backbone and exits, self-contained, so that it can be sent to workers.
+
+    Attributes:
+        model: Folder of the model to start from.
+        instances: File of the tokenised training set.
+        output: Folder for the trained model; heads that are trained along go into ``criteria`` below it.
+        checkpoint: Folder for the state of an interrupted training.
+        weights: What is learnt: a word of ``rl_exit.objectives.OBJECTIVES`` (initialisation), or how the task step
+            draws exits (``"sample"`` or ``"expected"``).
+        settings: Optimiser settings.
+        lora: Adapters in place of a full update of the backbone.
+        seed: Seed of this training.
+        options: Settings of the objective.
+        visits: File for the answers of the last exit during training, from which forgetting events are counted; None:
+            not kept.
+    """
+
+    model: str
+    instances: str
+    output: str
+    checkpoint: str
+    weights: str
+    settings: OptimSettings
+    lora: LoraSettings
+    seed: int
+    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    visits: str | None = None
+
+
+def objective_options(section: OptimConfig) -> ObjectiveOptions:
+    """The objective's settings out of a configuration section, which need not have all of them."""
+    names = (name for name in ObjectiveOptions.__dataclass_fields__ if name in type(section).model_fields)
+    return ObjectiveOptions(**{name: getattr(section, name) for name in names})
+
+
+def train_exits(job: ExitTraining, on_update: OnUpdate, num_workers: int = 0, use_gpu: bool = False) -> None:
+    """Run a training to its end; the result is in ``job.output``.
+
+    Args:
+        job: What to train.
+        on_update: Called as the training goes on, from this process.
+        num_workers: Ray Train workers; 0 trains here, without a cluster.
+        use_gpu: One GPU per worker.
+
+    Raises:
+        UserError: What the training itself raised for the user, or a failed worker.
+    """
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    payload = asdict(job) | absolute_paths(job)
+    mailbox: Any = None
+    if num_workers == 0:
+
+        def loop(config: dict[str, Any]) -> None:
+            _train(_from_payload(config), on_update, Rank(), wrap=lambda module: module, device=_device(use_gpu))
+    else:
+        loop, mailbox = _worker_loop, _open_mailbox()
+        payload["mailbox"] = mailbox
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=payload,
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        # The same name resumes silently, so every fit has its own.
+        run_config=RunConfig(
+            name=f"fit-{uuid.uuid4().hex[:8]}", storage_path=str(Path(job.checkpoint).parent.absolute() / "train")
+        ),
+    )
+    try:
+        with _reading(mailbox, on_update):
+            trainer.fit()
+    except UserError:
+        raise
+    except Exception as error:
+        told = _user_error_in(error)
+        if told is None:
+            raise
+        raise told from error
+
+
+def absolute_paths(job: ExitTraining) -> dict[str, str]:
+    """The paths of a training from the root: workers of Ray Train have a working directory of their own."""
+    names = ("model", "instances", "output", "checkpoint", "visits")
+    return {name: str(Path(getattr(job, name)).absolute()) for name in names if getattr(job, name) is not None}
+
+
+def _worker_loop(config: dict[str, Any]) -> None:
+    """The loop of one Ray Train worker."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    rank = Rank(context.get_world_rank(), context.get_world_size())
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank.world))
+
+    mailbox = config.pop("mailbox")
+    unsent: list[tuple[int, int, float, dict[str, float]]] = []
+
+    def report(done: int, total: int, epoch: float, values: dict[str, float]) -> None:
+        if rank.index == 0:
+            unsent.append((done, total, epoch, values))
+            if len(unsent) == REPORT_EVERY or done == total:
+                mailbox.put.remote(list(unsent))
+                unsent.clear()
+
+    def wrap(module: nn.Module) -> nn.Module:
+        return ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"find_unused_parameters": True})
+
+    _train(_from_payload(config), report, rank, wrap, ray.train.torch.get_device())
+
+
+def _train(
+    job: ExitTraining,
+    on_update: OnUpdate,
+    rank: Rank,
+    wrap: Callable[[nn.Module], nn.Module],
+    device: torch.device | None,
+) -> None:
+    model = EarlyExitModel.from_pretrained(job.model)
+    instances = Instances.open(Path(job.instances))
+    model.requires_grad_(True)
+    model.policy.requires_grad_(False)
+    if job.lora.rank:
+        torch.manual_seed(job.seed)
+        add_lora(model, job.lora.rank, job.lora.alpha, job.lora.dropout, job.lora.targets)
+    if device is not None:
+        model.to(device)
+    chosen = _objective(job, model)
+    visits = fit(model, chosen, instances, job.settings, job.seed, Path(job.checkpoint), on_update, rank, wrap, device)
+    if rank.index == 0:
+        if job.lora.rank:
+            merge_lora(model)
+        model.to("cpu").save_pretrained(job.output)
+        if job.visits is not None:
+            visits.save(Path(job.visits), instances.ids)
+        _save_heads(job, model, chosen)
+
+
+def _objective(job: ExitTraining, model: EarlyExitModel) -> Objective:
+    """The job's objective for this model; its heads derive from the job's seed."""
+    if job.weights in DRAWS:
+
+        def policy(states: Tensor, logits: Tensor) -> Tensor:
+            # In training the exits' answers come with dropout; the policy reads them as it will when the model is used.
+            training = model.exits.dropout.training
+            model.exits.dropout.eval()
+            try:
+                return model.exit_logits(states, model.exits(states))
+            finally:
+                model.exits.dropout.train(training)
+
+        return task_step(policy, job.weights, job.settings.epochs, job.options)
+    shape = Shape(model.num_layers, model.exits.hidden_size, model.exits.num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(job.seed, "heads"))
+        return objective(job.weights, shape, job.settings.epochs, job.options)
+
+
+def _save_heads(job: ExitTraining, model: EarlyExitModel, chosen: Objective) -> None:
+    """Write the heads that were trained along as criteria beside the model."""
+    notes: dict[str, object] = {"objective": job.weights, "epochs": chosen.epochs, "seed": job.seed}
+    for word, head in chosen.heads.items():
+        sizes = (model.num_layers, model.exits.hidden_size, model.exits.num_classes)
+        write_learned(Path(job.output) / "criteria", learned_head(word, head, *sizes, notes=notes))
+
+
+def _from_payload(payload: Mapping[str, Any]) -> ExitTraining:
+    values = dict(payload)
+    values["settings"] = OptimSettings(**values["settings"])
+    values["lora"] = LoraSettings(**values["lora"])
+    values["options"] = ObjectiveOptions(**values["options"])
+    return ExitTraining(**values)
+
+
+def _device(use_gpu: bool) -> torch.device | None:
+    if not use_gpu:
+        return None
+    if not torch.cuda.is_available():
+        raise UserError("task_step.use_gpu=true, but torch finds no GPU here; set it to false")
+    return torch.device("cuda")
+
+
+def _open_mailbox() -> Any:
+    """An actor that holds rank 0's progress until the driver fetches it: Ray Train's callbacks run elsewhere."""
+    import ray
+
+    class Mailbox:
+        def __init__(self) -> None:
+            self._letters: list[Any] = []
+
+        def put(self, letters: list[Any]) -> None:
+            self._letters += letters
+
+        def take(self) -> list[Any]:
+            letters, self._letters = self._letters, []
+            return letters
+
+    return ray.remote(num_cpus=0)(Mailbox).remote()
+
+
+@contextlib.contextmanager
+def _reading(mailbox: Any, on_update: OnUpdate) -> Iterator[None]:
+    """Hand what comes into the mailbox to ``on_update`` while the block runs, and the rest at its end."""
+    if mailbox is None:
+        yield
+        return
+    import ray
+
+    over = threading.Event()
+
+    def read() -> None:
+        last = False
+        while not last:
+            last = over.wait(POLL_SECONDS)
+            for letter in ray.get(mailbox.take.remote()):
+                on_update(*letter)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reader.join(timeout=60.0)
+        ray.kill(mailbox)
+
+
+def _user_error_in(error: BaseException) -> UserError | None:
+    """The user's error inside whatever Ray Train wrapped around it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        for inner in (
+            seen,
+            *getattr(seen, "worker_failures", {}).values(),
+            getattr(seen, "training_failed_error", None),
+        ):
+            if isinstance(inner, UserError):
+                return inner
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,0 +1,140 @@
+"""Every command of the documentation and every example is run, on a tiny backbone and tiny data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+# Commands that set up a machine; `make` targets are checked against the Makefile instead of being run.
+SETUP = ("pip install", "git clone", "cd ", "python -m venv", "source ", "ray start", "ray stop")
+TINY = [
+    "model.policy_width=8",
+    "init.epochs=1",
+    "init.batch_size=16",
+    "policy.epochs=1",
+    "policy.batch_size=64",
+    "task_step.batch_size=16",
+    "alternation.rounds=1",
+    "task.max_train=96",
+    "task.max_dev=40",
+    "task.max_test=40",
+]
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of the ``sh`` blocks of a page, continued lines joined, comments removed."""
+    text = "\n".join(re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL))
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, tiny_task: Path) -> tuple[Path, dict[str, str]]:
+    """A folder as the documentation supposes it: data, a finished run, and ``rl-exit`` on the path."""
+    folder = tmp_path_factory.mktemp("desk")
+    for name in ("configs", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    rows = [json.loads(line) for line in (tiny_task / "train.jsonl").read_text().splitlines()]
+    _write(folder / "data" / "stackoverflow", [{"text": r["text"], "label": i % 20} for i, r in enumerate(rows)])
+    _write(folder / "data" / "sst2", [{"sentence": r["text"], "label": int(r["label"] == "tool")} for r in rows])
+    _write(
+        folder / "data" / "mrpc",
+        [{"sentence1": r["text"], "sentence2": r["text"], "label": int(r["label"] == "tool")} for r in rows],
+    )
+    csv = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
+    (folder / "tickets.csv").write_text("\n".join(csv) + "\n")
+    (folder / "texts.txt").write_text("the old cat\na new hammer\n")
+    tools = folder / "tools"
+    tools.mkdir()
+    local = [f"model.backbone={tiny_backbone}"]
+    built_in = ["task.name=local", f"task.path={tiny_task}"]
+    shim = (
+        f"#!{sys.executable}\nimport sys\nfrom rl_exit.cli import main\n"
+        f"if 'train' in sys.argv[1:2]:\n"
+        f"    words = ' '.join(sys.argv)\n"
+        f"    sys.argv += {TINY + local!r}\n"
+        f"    if 'task.' not in words and 'stackoverflow' not in words: sys.argv += {built_in!r}\n"
+        "main()\n"
+    )
+    (tools / "rl-exit").write_text(shim)
+    (tools / "rl-exit").chmod(0o755)
+    (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tools / "python").chmod(0o755)
+    env = {
+        **os.environ,
+        "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RL_EXIT_TEST_WORDS": shlex.join(TINY + local),
+    }
+    words = [*TINY, *local, *built_in, "name=docstrings", "keep_rounds=all"]
+    subprocess.run(["rl-exit", "train", "--quiet", *words], cwd=folder, env=env, check=True, capture_output=True)
+    return folder, env
+
+
+def _write(folder: Path, rows: list[dict[str, object]]) -> None:
+    folder.mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(line: str, desk: tuple[Path, dict[str, str]]) -> subprocess.CompletedProcess[str]:
+    folder, env = desk
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.timeout(900)  # a page with many commands on a busy machine
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_command_of_the_page_runs(page: Path, desk: tuple[Path, dict[str, str]]) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for line in commands(page):
+        if line.startswith("make"):
+            assert set(line.split()[1:]) <= targets, f"{page.name}: `{line}` names no target of the Makefile"
+        elif not line.startswith(SETUP):
+            if line.startswith("rl-exit train") and "--resume" not in line:
+                name = re.search(r"name=(\S+)", line.replace("task.name", ""))
+                shutil.rmtree(desk[0] / "runs" / (name.group(1) if name else "stackoverflow"), ignore_errors=True)
+            done = run(line, desk)
+            assert done.returncode == 0, f"{page.name}: `{line}`\n{done.stderr[-2000:]}"
+
+
+EXAMPLES = {
+    "leave_early.py": ("runs/docstrings/model", "layer"),
+    "step_the_environment.py": ("runs/docstrings", "never leave: return"),
+    "add_an_algorithm.py": ("runs/docstrings", "add_an_algorithm.MovingBaseline: return"),
+    "own_data.py": ("tickets.csv $RL_EXIT_TEST_WORDS", "runs/tickets/model"),
+}
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_every_example_runs_and_shows_what_it_says(example: Path, desk: tuple[Path, dict[str, str]]) -> None:
+    assert example.name in EXAMPLES, "say here how the example is run and what it prints"
+    words, shown = EXAMPLES[example.name]
+    done = run(f"python examples/{example.name} {words}", desk)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert shown in done.stdout
+
+
+def test_tables_are_what_was_recorded() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/render.py", "--check"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, "run: python benchmarks/render.py"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", prose):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
