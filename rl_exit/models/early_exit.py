@@ -31,6 +31,7 @@ from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_
 from rl_exit.models.backbones import StepState, step_backbone
 from rl_exit.models.exits import ExitHeads, pool
 from rl_exit.models.policy import PolicyHeads
+from rl_exit.models.quick_policy import QuickPolicy
 
 POOLINGS = ("cls", "mean", "last")
 
@@ -177,6 +178,7 @@ class EarlyExitModel(PreTrainedModel):
             self.num_layers, input_size(config.policy_inputs, hidden), config.policy_width, config.policy_shared
         )
         self.tokenizer: Any = None
+        self._quick: QuickPolicy | None = None
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -397,12 +399,26 @@ class EarlyExitModel(PreTrainedModel):
     def _exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
         """Log-odds of Exit of one layer, [B]; what the exits answered is remembered in the carry."""
         inputs = self.config.policy_inputs
+        if inputs == "answers" and (quick := self._quick_policy(view.logits)) is not None:
+            return quick.at(view.layer, view.logits, carry)
         figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.logits, carry)
         state = None if inputs == "answers" else view.state
         return self.policy.at(view.layer, policy_input(inputs, state, figures))
 
+    def _quick_policy(self, logits: Tensor) -> QuickPolicy | None:
+        """The policy on numpy, where nothing is to be differentiated and all is on the CPU in float32."""
+        weight = self.policy.weight_in
+        if torch.is_grad_enabled() or logits.device.type != "cpu" or weight.dtype != torch.float32:
+            return None
+        if self._quick is None or not self._quick.serves(self.policy):
+            self._quick = QuickPolicy(self.policy, self.config.num_labels) if weight.device.type == "cpu" else None
+        return self._quick
+
     def _pooled(self, layer: int, state: StepState) -> Tensor:
-        return pool(self.backbone.hidden(layer, state), state.attention_mask, self.config.pooling)
+        hidden, how = self.backbone.hidden(layer, state), self.config.pooling
+        if how == "mean" and not state.padded:
+            return hidden.mean(1)
+        return pool(hidden, state.attention_mask, how)
 
 
 def _weighted_loss(logits: Tensor, labels: Tensor) -> Tensor:
