@@ -13,8 +13,9 @@ from rl_exit.criteria import LEARNED, Criterion, load_criterion
 from rl_exit.criteria.learned import learned_words
 from rl_exit.data.tasks import TextSplit, load_labelled, tokenise
 from rl_exit.errors import ConfigError, DataError, RunError
-from rl_exit.files import read_json, write_json
+from rl_exit.files import read_json, write_json, write_text
 from rl_exit.models.early_exit import EarlyExitModel
+from rl_exit.models.prune import pruned
 from rl_exit.operating import OperatingPoint, gather, point_by_loss, point_by_speed
 from rl_exit.profiling import profile, surroundings
 from rl_exit.progress import Display
@@ -166,6 +167,25 @@ def save_point(folder: Path, name: str, point: OperatingPoint, origin: str, coun
     tree["operating_points"] = {**(tree.get("operating_points") or {}), name: entry}
     write_json(path, tree)
     return entry
+
+
+def prune_model(folder: Path, out: Path, depth: int) -> tuple[int, int]:
+    """Write a copy of a model cut to a depth (:func:`rl_exit.models.prune.pruned`).
+
+    Returns:
+        Weights before and after.
+
+    Raises:
+        UserError: Depth out of range, or a folder that is there already.
+    """
+    if out.exists():
+        raise ConfigError(f"{out}: is there already; name a new folder")
+    model = EarlyExitModel.from_pretrained(folder)
+    small = pruned(model, depth)
+    small.save_pretrained(out)
+    if (folder / "training.yaml").is_file():
+        write_text(out / "training.yaml", (folder / "training.yaml").read_text(encoding="utf-8"))
+    return model.num_parameters(), small.num_parameters()
 
 
 def _rule(folder: Path, word: str) -> Criterion:

@@ -1,4 +1,4 @@
-"""Commands that make a model ready for use: profile, calibrate."""
+"""Commands that make a model ready for use: profile, calibrate, prune."""
 
 from __future__ import annotations
 
@@ -87,3 +87,17 @@ def calibrate(
             f"accuracy lost on new texts drawn as these {promise['texts']} were"
         )
     typer.echo(f'use: model.predict(texts, operating_point="{point["name"]}")')
+
+
+@app.command(epilog="Example: `rl-exit prune runs/docstrings pruned-3 --depth 3`")
+@told
+def prune(
+    model: Target,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the copy.")],
+    depth: Annotated[int, typer.Option(help="Layers to keep, 2 or more.")],
+) -> None:
+    """Copy a model without the layers above a depth (static layer pruning); it answers as exit DEPTH does."""
+    from rl_exit.deployment import model_folder, prune_model
+
+    before, after = prune_model(model_folder(model), out, depth)
+    typer.echo(f"{out}: {depth} layers, {after / 1e6:.1f} of {before / 1e6:.1f} million weights")

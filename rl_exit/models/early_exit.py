@@ -400,23 +400,31 @@ class EarlyExitModel(PreTrainedModel):
             )
         ]
 
-    def lighten(self, compile: bool = False) -> EarlyExitModel:
+    def lighten(self) -> EarlyExitModel:
         """Make the model ready for answering alone: backbone in bfloat16, exits and policy stay in float32.
 
-        Half the memory, and faster where the processor computes in bfloat16. Answers then differ from float32 by its
-        rounding.
-
-        Args:
-            compile: Leave the numbers as they are and compile each layer (``torch.compile``, any length) instead; the
-                first texts take long.
+        Half the memory, and faster where the processor computes in bfloat16. Answers then differ from those in float32
+        by its rounding.
 
         Returns:
             The model itself.
         """
-        if compile:
-            self.backbone.compile_layers()
-        else:
-            self.backbone.to(torch.bfloat16)
+        self.backbone.to(torch.bfloat16)
+        return self
+
+    def compile_layers(self) -> EarlyExitModel:
+        """Compile each layer (``torch.compile``, one program for all batch sizes and lengths).
+
+        Needs a C++ compiler, and some ten seconds at the first texts.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ModelError: The layers of this backbone are not separate modules.
+        """
+        for layer in self.backbone.layer_modules():
+            layer.compile(dynamic=True)
         return self
 
     def exit_logits(self, states: Tensor, logits: Tensor) -> Tensor:

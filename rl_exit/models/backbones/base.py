@@ -289,6 +289,18 @@ class SteppedBackbone(nn.Module):
         hidden = output[0] if isinstance(output, tuple) else output
         return StepState(hidden, state.attention_mask, state.lengths, state.padded, state.masks, state.tables, self)
 
+    def layer_modules(self) -> nn.ModuleList:
+        """Return the list of the L layers inside the model.
+
+        Raises:
+            ModelError: There is none of that length (layers that share their weights).
+        """
+        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        found = next((module for module in lists if len(module) == self.num_layers), None)
+        if found is None:
+            raise ModelError(f"the layers of this {self.family} backbone are not {self.num_layers} separate modules")
+        return found
+
     def hidden(self, layer: int, state: StepState) -> Tensor:
         """Return what exit `layer` reads, [B, T, H]; at layer L the model's ``last_hidden_state``.
 
