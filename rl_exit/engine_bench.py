@@ -41,9 +41,9 @@ from rl_exit.profiling import profile, surroundings
 from rl_exit.progress import Display, Progress
 
 BATCH_SIZES = (1, 8, 32, 128)
-TEXTS = {1: 128, 8: 384, 32: 512, 128: 1024}
+TEXTS = {1: 64, 8: 192, 32: 384, 128: 768}
 """Texts that are timed at each batch size, at most."""
-ROUNDS = 7
+ROUNDS = 5
 SPLITS = 200
 SPEEDUP = 2.0
 MAX_LOSS, CONFIDENCE = 0.01, 0.95
