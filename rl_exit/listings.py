@@ -105,6 +105,18 @@ def inference_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def dial_table(found: Mapping[str, Any]) -> Table:
+    """The dial beside policies trained for one price each."""
+    title = f"dial, measured on {found['measured_on']}; full depth {found['full_depth']:.4f}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for header in ("speed", "price of a layer", "dial: layers", "accuracy", "one price: layers", "accuracy"):
+        table.add_column(header, justify="right")
+    for row in found["curve"]:
+        figures = [row[who][what] for who in ("dial", "alone") for what in ("mean_exit_layer", "accuracy")]
+        table.add_row(f"{row['speed']:.2f}", f"{row['alpha']:.4f}", *(f"{value:.4f}" for value in figures))
+    return table
+
+
 def costs_table(costs: Any) -> Table:
     """Measured times, milliseconds a batch, one row for each batch size and length.
 
