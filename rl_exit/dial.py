@@ -5,7 +5,7 @@ trained for. The policy here reads, beside the figures of :mod:`rl_exit.models.a
 the dearest price it stands: ``alpha = low (high / low)^speed`` for a *speed* in 0..1. Each update draws a speed for
 every instance and ascends the exact expected return at that price
 (:func:`rl_exit.method.distribution.expected_return`), so that one set of weights holds the whole curve. Speed 0 is full
-depth itself. Kept in the model's folder as
+depth itself. Kept in the model's folder as ``dial.safetensors`` and ``dial.json``.
 """
 
 from __future__ import annotations
