@@ -85,7 +85,7 @@ def inference_table(results: Mapping[str, Any]) -> Table:
         "against plain",
         "batch alone",
     )
-    for header in (*headers, "nobody leaves", "asked for 2x"):
+    for header in (*headers, "nobody leaves", "off what was asked for"):
         table.add_column(header, justify="right")
     for name, model in results["models"].items():
         for size, row in model["engine"].items():
