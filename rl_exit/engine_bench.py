@@ -41,7 +41,7 @@ from rl_exit.profiling import profile, surroundings
 from rl_exit.progress import Display, Progress
 
 BATCH_SIZES = (1, 8, 32, 128)
-TEXTS = {1: 64, 8: 192, 32: 384, 128: 768}
+TEXTS = {1: 48, 8: 192, 32: 320, 128: 640}
 """Texts that are timed at each batch size, at most."""
 ROUNDS = 5
 SPLITS = 200
