@@ -180,9 +180,9 @@ class PolicyConfig(Section):
         "answers",
         description="what the policy reads: the exits' answers so far, the hidden state (the paper's), or both",
     )
-    answer: Literal["exit", "pooled"] = Field(
-        "pooled",
-        description="what is answered on leaving: what the exit says (the paper's), or all exits passed, weighted",
+    answer: Literal["exit", "own"] = Field(
+        "own",
+        description="what is answered on leaving: own, by heads fitted along with the policy; exit, as the paper",
     )
     instances: Literal["held", "all"] = Field(
         "held", description="what the policy learns on where some are held out: those alone, or the whole training set"

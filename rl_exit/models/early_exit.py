@@ -27,7 +27,7 @@ from rl_exit.criteria import Carry, ConsistentEE, Criterion, LayerView
 from rl_exit.errors import ModelError
 from rl_exit.inference import choose_criterion, run_batch, run_texts
 from rl_exit.models import folder, pretrained
-from rl_exit.models.answer_pool import ANSWERS, Answer, AnswerPool
+from rl_exit.models.answer_heads import ANSWERS, Answer, AnswerHeads
 from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_input, input_size, policy_input
 from rl_exit.models.backbones import StepState, step_backbone
 from rl_exit.models.exits import ExitHeads, pool
@@ -46,7 +46,7 @@ class EarlyExitConfig(PretrainedConfig):
         policy_width: W, hidden width of the policy heads.
         policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"`` (:mod:`rl_exit.models.answers`).
         policy_shared: Whether the policy heads of all layers share their weights.
-        policy_answer: What the policy answers: ``"exit"`` or ``"pooled"`` (:mod:`rl_exit.models.answer_pool`).
+        policy_answer: What the policy answers: ``"exit"`` or ``"own"`` (:mod:`rl_exit.models.answer_heads`).
         dropout: On the state before an exit, in training.
         max_tokens: Tokens per text, longer are cut (``max_length`` is a word of text generation in transformers).
         threshold: Operating point: leave at the first ``pi > threshold``.
@@ -150,7 +150,7 @@ class EarlyExitModel(PreTrainedModel):
         backbone: The stepped backbone; ``backbone.model`` is the Hugging Face model.
         exits: Exit classifiers.
         policy: Exit policy.
-        answer_pool: What the policy answers when a row leaves; None: what the exit says.
+        answer_heads: What the policy answers when a row leaves; None: what the exit says.
         tokenizer: Its tokenizer (None on a model made from a configuration alone).
         num_layers: L.
     """
@@ -183,7 +183,8 @@ class EarlyExitModel(PreTrainedModel):
         )
         if config.policy_answer not in ANSWERS:
             raise ModelError(f"policy_answer '{config.policy_answer}' is unknown; accepted: {', '.join(ANSWERS)}")
-        self.answer_pool = AnswerPool(self.num_layers, config.num_labels) if config.policy_answer == "pooled" else None
+        own = config.policy_answer == "own"
+        self.answer_heads = AnswerHeads(self.num_layers, hidden, config.num_labels) if own else None
         self.tokenizer: Any = None
         self.post_init()
 
@@ -224,7 +225,7 @@ class EarlyExitModel(PreTrainedModel):
             policy_width: Hidden width of the policy heads.
             policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"``.
             policy_shared: Whether the policy heads of all layers share their weights.
-            policy_answer: What the policy answers: ``"exit"`` or ``"pooled"``.
+            policy_answer: What the policy answers: ``"exit"`` or ``"own"``.
             dropout: On the state before an exit, in training.
             max_length: Tokens per text.
             seed: Decides the initial heads; torch's generator is left as it was.
@@ -300,7 +301,7 @@ class EarlyExitModel(PreTrainedModel):
 
     def view(self, layer: int, state: StepState) -> LayerView:
         """What a criterion sees after ``layer``: pooled state, exit logits and policy, computed when read."""
-        pool = self.answer_pool
+        heads = self.answer_heads
         view = LayerView(
             layer,
             self.num_layers,
@@ -309,7 +310,7 @@ class EarlyExitModel(PreTrainedModel):
             state=lambda: self._pooled(layer, state),
             logits=lambda: self.exits.at(layer, view.state),
             exit_logit=lambda carry: self._exit_logit(view, carry),
-            answer=None if pool is None else lambda carry: pool.at(layer, view.logits, carry),
+            answer=None if heads is None else lambda: heads.at(layer, view.state, view.logits),
         )
         return view
 
@@ -411,19 +412,16 @@ class EarlyExitModel(PreTrainedModel):
 
     def exit_logits(self, states: Tensor, logits: Tensor) -> Tensor:
         """The policy's log-odds of Exit at layers 1..L-1, [B, L-1], from states [B, L, H] and logits [B, L, C]."""
-        return self.policy(every_policy_input(self.config.policy_inputs, states, self.answers(logits)))
+        return self.policy(every_policy_input(self.config.policy_inputs, states, self.answers(states, logits)))
 
-    def answers(self, logits: Tensor) -> Tensor:
-        """What the policy answers at every layer, [B, L, C], from the exits' logits [B, L, C]."""
-        return logits if self.answer_pool is None else self.answer_pool(logits)
+    def answers(self, states: Tensor, logits: Tensor) -> Tensor:
+        """What the policy answers at every layer, [B, L, C], from states [B, L, H] and the exits' logits [B, L, C]."""
+        return logits if self.answer_heads is None else self.answer_heads(states, logits)
 
     def _exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
         """Log-odds of Exit of one layer, [B]; what the exits answered is remembered in the carry."""
         inputs = self.config.policy_inputs
-        # What the pool remembers must be kept up at every layer, whether the policy reads it or not.
-        if self.answer_pool is not None:
-            view.answer(carry)
-        figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.answer(carry), carry)
+        figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.answer, carry)
         state = None if inputs == "answers" else view.state
         return self.policy.at(view.layer, policy_input(inputs, state, figures))
 

@@ -31,10 +31,10 @@ from rl_exit.trainers.exit_training import ExitTraining, LoraSettings, objective
 from rl_exit.trainers.finish import finish
 from rl_exit.trainers.initialised import take_initialised
 from rl_exit.trainers.policy_phase import PolicyPhaseSettings, PolicyProgress, train_policy
-from rl_exit.trainers.policy_store import fitted_pool, policy_store
+from rl_exit.trainers.policy_store import fit_answers, policy_store
 from rl_exit.trainers.rllib.registry import check_algorithm
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
-from rl_exit.trainers.store_evaluation import evaluate_store
+from rl_exit.trainers.store_evaluation import answers_of, evaluate_store
 from rl_exit.trainers.store_phase import build_store
 from rl_exit.trainers.supervised import OptimSettings
 
@@ -227,11 +227,12 @@ class _Alternation:
         model = EarlyExitModel.from_pretrained(model_path)
         settings = policy_settings(c, derive_seed(c.seed, "policy", number))
         kept = self._round(number) / "store-train"
-        if model.answer_pool is not None:
-            held = Instances.open(self._instances("held")).ids if c.policy.holdout else None
-            model.answer_pool = fitted_pool(StateStore.open(kept), held)
+        answers = None
+        if model.answer_heads is not None:
+            fitted = fit_answers(StateStore.open(kept), derive_seed(c.seed, "answers", number))
+            model.answer_heads, answers = fitted.heads, fitted.answers
         with (
-            policy_store(kept, c.policy.inputs, model.answer_pool) as store,
+            policy_store(kept, c.policy.inputs, answers) as store,
             self.display.step(f"round {number}: policy ({c.algorithm})", c.policy.epochs) as progress,
         ):
             outcome = train_policy(
@@ -253,8 +254,10 @@ class _Alternation:
         metric = read_json(self.run.path / "data" / "task.json")["metric"]
         store = StateStore.open(folder / "store-dev")
 
+        answers = answers_of(store, model.answer_heads)
+
         def at(threshold: float) -> SplitResult:
-            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs, model.answer_pool)
+            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs, answers)
 
         at_half = at(0.5)
         reference = self._reference(number, at_half)
