@@ -32,7 +32,7 @@ from rl_exit.trainers.finish import finish
 from rl_exit.trainers.initialised import take_initialised
 from rl_exit.trainers.policy_phase import PolicyPhaseSettings, PolicyProgress, train_policy
 from rl_exit.trainers.policy_store import fit_answers, policy_store
-from rl_exit.trainers.rllib.registry import check_algorithm
+from rl_exit.trainers.rllib.registry import algorithm_class, check_algorithm
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
 from rl_exit.trainers.store_evaluation import answers_of, evaluate_store
 from rl_exit.trainers.store_phase import build_store
@@ -55,6 +55,8 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, overwrit
         UserError: Anything the user can mend, in one message.
     """
     check_algorithm(config.algorithm)
+    if "." in config.algorithm:  # a path that leads nowhere is told now, not after the initialisation
+        algorithm_class(config.algorithm)
     with RunDirectory.locked(config.run_dir), telling_disk_errors(config.run_dir):
         run = RunDirectory.create(config, resume=resume, overwrite=overwrite)
         if run.result("report") is not None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,17 +157,8 @@ def test_errors_for_the_user_come_through(job: ExitTraining, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def ray_here() -> Iterator[None]:
-    import ray
-
-    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.ray
-def test_two_workers_are_one_with_twice_the_batch(job: ExitTraining, tmp_path: Path, ray_here: None) -> None:
+def test_two_workers_are_one_with_twice_the_batch(job: ExitTraining, tmp_path: Path, local_ray: None) -> None:
     one = weights(run(job, tmp_path, "one", settings=replace(SETTINGS, batch_size=16)))
     two = weights(run(job, tmp_path, "two", workers=2))
     other = weights(run(job, tmp_path, "other", settings=replace(SETTINGS, batch_size=16), seed=6))
@@ -180,7 +170,7 @@ def test_two_workers_are_one_with_twice_the_batch(job: ExitTraining, tmp_path: P
 
 
 @pytest.mark.ray
-def test_two_workers_follow_every_phase(job: ExitTraining, tmp_path: Path, ray_here: None) -> None:
+def test_two_workers_follow_every_phase(job: ExitTraining, tmp_path: Path, local_ray: None) -> None:
     options = ObjectiveOptions(second_epochs=1)
     words = {"weights": "jei", "options": options, "settings": replace(SETTINGS, batch_size=16)}
     one = run(job, tmp_path, "one", **words, visits=str(tmp_path / "one.arrow"))
@@ -195,6 +185,6 @@ def test_two_workers_follow_every_phase(job: ExitTraining, tmp_path: Path, ray_h
 
 
 @pytest.mark.ray
-def test_a_worker_tells_its_error(job: ExitTraining, tmp_path: Path, ray_here: None) -> None:
+def test_a_worker_tells_its_error(job: ExitTraining, tmp_path: Path, local_ray: None) -> None:
     with pytest.raises(UserError, match="the training loss is"):
         run(job, tmp_path, "out", workers=2, settings=replace(SETTINGS, lr=1e30, head_lr=1e30, clip=1e30, epochs=4))

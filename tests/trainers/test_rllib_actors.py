@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,21 +24,10 @@ QUICK = PolicyPhaseSettings(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
+def one_thread(local_ray: None) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the actors: then sums are taken in the same order
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-    here = Path(__file__)
-    path = os.pathsep.join([str(here.parents[2]), str(here.parent)])
-    ray.init(
-        "local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
-    )
     yield
-    ray.shutdown()
     torch.set_num_threads(threads)
 
 
