@@ -154,6 +154,7 @@ class Desk:
     def __init__(self, folder: Path) -> None:
         from conftest import write_tiny_backbone, write_tiny_task
 
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.backbone = write_tiny_backbone(folder / "backbone")
         self.task = write_tiny_task(folder / "task", {"train": 1024, "dev": 64, "test": 64})
@@ -163,7 +164,7 @@ class Desk:
     def words(self, kind: str, output: Path) -> list[str]:
         return [
             *WORDS,
-            *(SPREAD if kind == "spread" else TRAINED),
+            *{"spread": SPREAD, "trained": TRAINED}.get(kind, []),
             f"task.path={self.task}",
             f"model.backbone={self.backbone}",
             f"output_dir={output}",

@@ -49,13 +49,13 @@ class Desk:
         self._letters: list[tuple[int, Letter]] = []
         self._outcomes: dict[int, Any] = {}
         self._heard: dict[int, float] = {}
-        self._starts = 0
+        self._taken, self._losses = 0, 0
         self._trouble = ""
 
     async def look(self, number: int, payload: dict[str, Any] | None, over: bool) -> dict[str, Any]:
         """The driver's look: says what is ordered, takes what has come."""
         if number != self._number:
-            self._letters, self._starts = [], 0
+            self._letters, self._losses = [], 0
         self._number, self._payload, self._over = number, payload, over
         letters, self._letters = self._letters, []
         now = time.monotonic()
@@ -63,14 +63,15 @@ class Desk:
             "letters": [letter for at, letter in letters if at == number],
             "outcome": self._outcomes.get(number),
             "silent": {rank: now - heard for rank, heard in self._heard.items()},
-            "starts": self._starts,
+            "losses": self._losses,
             "trouble": self._trouble,
         }
 
     async def hello(self, rank: int) -> None:
-        """A worker has started (again)."""
+        """A worker has started; if it has begun this order before, it was lost."""
         self._heard[rank] = time.monotonic()
-        self._starts += rank == 0
+        open_again = self._taken == self._number and self._number not in self._outcomes
+        self._losses += rank == 0 and open_again
 
     async def ping(self, rank: int) -> bool:
         """A worker lives; whether all is over."""
@@ -83,6 +84,7 @@ class Desk:
             if self._over:
                 return self._number, None
             if self._payload is not None and self._number > done:
+                self._taken = self._number
                 return self._number, self._payload
             await asyncio.sleep(0.1)
         return None
@@ -206,8 +208,7 @@ class TrainCrew:
     def _await(self, payload: dict[str, Any], on_update: OnUpdate) -> None:
         import ray
 
-        seen, stalled, begun = 0, 0, time.monotonic()
-        starts_at_progress = 0
+        seen, losses, begun = 0, 0, time.monotonic()
         fit = self._fit
         assert fit is not None
         while True:
@@ -215,7 +216,7 @@ class TrainCrew:
             for letter in at["letters"]:
                 if letter[0] > seen:  # what was done again after a fault is not told again
                     seen = letter[0]
-                    starts_at_progress = at["starts"]
+                    losses = at["losses"]
                     on_update(*letter)
             if at["outcome"] is not None:
                 (error,) = at["outcome"]
@@ -224,10 +225,9 @@ class TrainCrew:
                 return
             if not fit.is_alive():
                 raise RunError(f"Ray Train ended before the training was done: {_last_line(self._failure)}")
-            stalled = at["starts"] - starts_at_progress
-            if stalled >= ATTEMPTS:
+            if at["losses"] - losses >= ATTEMPTS:
                 raise RunError(
-                    f"the workers of Ray Train were lost {stalled} times without any progress between: "
+                    f"the workers of Ray Train were lost {at['losses'] - losses} times without any progress between: "
                     f"{at['trouble'] or 'they were killed'}. If memory is short, lower task_step.batch_size, "
                     "init.batch_size or task_step.num_workers"
                 )
