@@ -238,7 +238,7 @@ class Desk:
                 title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except (OSError, IndexError, ValueError):
                 continue
-            if parent in raylets and "ray::" in title and "IDLE" not in title:
+            if parent in raylets and "ray::" in title and "IDLE" not in title and "Agent" not in title:
                 is_sampler, is_store = "SamplerActor" in title, "ShardWorker" in title
                 known = "SamplerActor" if is_sampler else "ShardWorker" if is_store else None
                 if (role == known) or (known is None and role in ("RayTrainWorker", "learner") and "Desk" not in title):

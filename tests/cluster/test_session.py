@@ -35,3 +35,27 @@ def test_a_cluster_that_is_not_there_is_one_message() -> None:
     config = load_config(None, ["cluster=nowhere:x"])
     with pytest.raises(UserError, match="cluster=nowhere:x: cannot be reached"), ray_session(config):
         pass
+
+
+def test_a_cluster_that_grows_is_asked_and_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    import ray.autoscaler.sdk
+
+    from rl_exit.cluster import session
+
+    asked: list[list[dict[str, int]]] = []
+
+    def nodes() -> list[dict[str, object]]:
+        return [{"Alive": True, "Resources": {"CPU": 4.0 if asked else 1.0}}]
+
+    monkeypatch.setattr(ray, "nodes", nodes)
+    monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(session, "POLL_SECONDS", 0.01)
+    words = ["sampling.num_env_runners=3", "task_step.num_workers=2", "cluster=auto"]
+    with pytest.raises(UserError, match="2 CPUs are missing"):
+        session._fitting(load_config(None, words))
+    plan = session._fitting(load_config(None, [*words, "placement.autoscale=true"]))
+    assert plan.kept == frozenset() and asked == [[{"CPU": 1}] * 3]
+    more = ["sampling.num_env_runners=5", "placement.autoscale=true", "placement.timeout=0.05"]
+    with pytest.raises(UserError, match=r"1 CPU is missing.*it has not grown within 0\.05 s, placement\.timeout"):
+        session._fitting(load_config(None, more))
