@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from rl_exit.trainers.initialised import take_initialised
 from rl_exit.trainers.policy_phase import PolicyPhaseSettings, PolicyProgress, train_policy
 from rl_exit.trainers.policy_store import policy_store
 from rl_exit.trainers.rllib.registry import check_algorithm
-from rl_exit.trainers.run_clock import outlook
+from rl_exit.trainers.run_clock import outlook, policy_in_words
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
 from rl_exit.trainers.store_evaluation import evaluate_store
 from rl_exit.trainers.store_phase import build_store
@@ -435,13 +435,3 @@ def _policy_reporter(progress: Progress, log: MetricLog) -> Callable[[PolicyProg
         log.log(at.step, at.epoch, at.metrics)
 
     return report
-
-
-def policy_in_words(metrics: Mapping[str, float]) -> str:
-    """Return, mean exit layer, share of every layer in percent, and throughput, for a line of progress."""
-    words = f"return {metrics['return']:.3f}, exit {metrics['mean_exit_layer']:.2f}"
-    shares = [f"{100 * value:.0f}" for name, value in metrics.items() if name.startswith("exits_")]
-    if shares:
-        words += f" ({'/'.join(shares)} %)"
-    speed = metrics.get("trajectories_per_second")
-    return words + (f", {speed:,.0f} trajectories/s" if speed else "")

@@ -1,4 +1,4 @@
-"""When a run will be over: from how long its steps have taken so far."""
+"""What people are told of a run at work: where the policy is, how far the run is, when it will be over."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def outlook(seconds: Mapping[str, float], rounds: int, now: float | None = None)
         return text
     end = time.strftime("%H:%M", time.localtime((time.time() if now is None else now) + left))
     return f"{text}, at most {clock(left)} left (about {end})"
+
+
+def policy_in_words(metrics: Mapping[str, float]) -> str:
+    """Return, mean exit layer, share of every layer in percent, and throughput, for a line of progress."""
+    words = f"return {metrics['return']:.3f}, exit {metrics['mean_exit_layer']:.2f}"
+    shares = [f"{100 * value:.0f}" for name, value in metrics.items() if name.startswith("exits_")]
+    if shares:
+        words += f" ({'/'.join(shares)} %)"
+    speed = metrics.get("trajectories_per_second")
+    return words + (f", {speed:,.0f} trajectories/s" if speed else "")
 
 
 def _kind(step: str) -> str:

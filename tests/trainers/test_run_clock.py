@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rl_exit.trainers.run_clock import outlook, seconds_left, steps_of
+from rl_exit.trainers.run_clock import outlook, policy_in_words, seconds_left, steps_of
 
 
 def test_steps_are_those_of_a_run() -> None:
@@ -29,3 +29,15 @@ def test_the_outlook_is_one_line_with_an_end() -> None:
     known |= {f"round-1-{part}": 60.0 for part in ("store", "policy", "dev", "task")}
     noon = time.mktime((2026, 1, 1, 12, 0, 0, 0, 0, -1))
     assert outlook(known, 1, noon) == "run: 6 of 11 steps done, at most 3 min 00 s left (about 12:03)"
+
+
+def test_the_policy_is_told_with_its_layers_and_its_speed() -> None:
+    metrics = {
+        "return": 0.5,
+        "mean_exit_layer": 1.75,
+        "exits_1": 0.25,
+        "exits_2": 0.75,
+        "trajectories_per_second": 1234.5,
+    }
+    assert policy_in_words(metrics) == "return 0.500, exit 1.75 (25/75 %), 1,234 trajectories/s"
+    assert policy_in_words({"return": 0.5, "mean_exit_layer": 2.0}) == "return 0.500, exit 2.00"
