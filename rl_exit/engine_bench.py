@@ -36,7 +36,7 @@ from rl_exit.errors import DataError
 from rl_exit.inference import evaluating, run_instances
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.exits import pool
-from rl_exit.operating import Evidence, exits_of, gather, grid, losses, point_by_speed
+from rl_exit.operating import Evidence, exits_of, gather, grid, point_by_speed
 from rl_exit.profiling import profile, surroundings
 from rl_exit.progress import Display, Progress
 
@@ -188,7 +188,7 @@ def _guarantee(evidence: Evidence, progress: Progress) -> dict[str, Any]:
     rule: Criterion = criterion("consistentee")
     assert split.exit_logits is not None
     settings = list(grid(rule, split.num_layers, split.num_classes))
-    lost = np.stack([losses(split, exits_of(setting, split.exit_logits)) for setting in settings])  # [S, N]
+    lost = np.stack([evidence.losses(rule, exits_of(setting, split.exit_logits)) for setting in settings])  # [S, N]
     layers = np.stack([exits_of(setting, split.exit_logits) for setting in settings])
     rng = np.random.default_rng(0)
     halves, drawn, refused, saved = [], [], 0, []

@@ -9,7 +9,7 @@ from rl_exit.costs import CostModel
 from rl_exit.criteria import StoredSplit, criterion, exits_from_store
 from rl_exit.criteria.calibration import betting_p, careful_first, fewest_for
 from rl_exit.errors import ConfigError, DataError
-from rl_exit.operating import Evidence, exits_of, grid, losses, point_by_loss, point_by_speed
+from rl_exit.operating import Evidence, exits_of, grid, point_by_loss, point_by_speed
 
 LAYERS = 6
 POLICY = criterion("consistentee")
@@ -51,8 +51,18 @@ def test_the_speed_asked_for_is_what_the_rule_gives(speedup, policy):
     assert LAYERS * len(left) / (left.sum() + policy * decisions.sum()) == pytest.approx(speedup, rel=0.02)
     assert point.speedup == pytest.approx(speedup, rel=0.02)
     assert point.saved_layers == pytest.approx(1 - left.mean() / LAYERS)
-    assert point.loss == pytest.approx(losses(evidence.split, left).mean())
+    assert point.loss == pytest.approx(evidence.losses(rule, left).mean())
     assert point.guarantee is None
+
+
+def test_what_the_policy_itself_answers_counts():
+    evidence = evidence_of(100)
+    left = np.full(100, 2)
+    own = Evidence(evidence.split, evidence.lengths, True, np.zeros((100, LAYERS), dtype=bool))
+    full = evidence.split.correct[:, -1].mean()
+    assert own.losses(POLICY, left).mean() == pytest.approx(full)
+    other = criterion("entropy", threshold=0.5)
+    np.testing.assert_array_equal(own.losses(other, left), evidence.losses(other, left))
 
 
 def test_of_several_methods_who_loses_least_is_taken():
@@ -94,7 +104,7 @@ def test_the_bound_holds_over_many_draws():
     """Calibrated on draws of a large population whose loss is known at every threshold."""
     whole = evidence_of(40_000, seed=5)
     rules = list(grid(POLICY, LAYERS, 3))
-    lost = np.stack([losses(whole.split, exits_of(rule, whole.split.exit_logits)) for rule in rules])
+    lost = np.stack([whole.losses(rule, exits_of(rule, whole.split.exit_logits)) for rule in rules])
     true, rng, broken, faster = lost.mean(1), np.random.default_rng(0), 0, 0
     for _ in range(200):
         rows = rng.integers(0, lost.shape[1], 600)
