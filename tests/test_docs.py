@@ -84,8 +84,17 @@ def _write(folder: Path, rows: list[dict[str, object]]) -> None:
 
 
 def command(words: list[str]) -> None:
-    """What ``rl-exit`` does here: training is on the tiny backbone and, where no data is named, on the tiny task."""
+    """What ``rl-exit`` does here: training is on the tiny backbone and, where no data is named, on the tiny task.
+
+    The benchmark of sampling measures for a minute by design; here it is short and on one small store.
+    """
     from rl_exit.cli import main
+
+    if words[:2] == ["bench", "sampling"]:
+        from rl_exit.trainers.bench import sampling, setup
+
+        effort = setup.Effort(repetitions=1, batches=1, stock_steps=128, stock_share=0.02, growth=-1)
+        sampling.run.__defaults__ = ((setup.Size(2000, 4, 32),), effort)
 
     if words[:1] == ["train"]:
         given = " ".join(words)

@@ -281,5 +281,5 @@ class TestWorkers:
         started = time.monotonic()
         with pytest.raises(RunError, match=r"no worker .* the cluster has 4 CPUs, 0 of them free"):
             build(desk, tmp_path / "store", 1)
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 60
         ray.kill(occupant)
