@@ -32,8 +32,11 @@ def train(
     from rl_exit.progress import Silent, Terminal
     from rl_exit.trainers.alternation import train as run
 
-    with ray_session(config):
-        results = run(config, Silent() if quiet else Terminal(), resume=resume, overwrite=overwrite)
+    with ray_session(config) as plan:
+        display = Silent() if quiet else Terminal()
+        if plan.phases:
+            display.say(plan.describe())
+        results = run(config, display, resume=resume, overwrite=overwrite, kept=plan.kept)
     _show_results(results, config.run_dir, as_json)
 
 
@@ -86,6 +89,8 @@ def predict(
     threshold: Annotated[float | None, typer.Option(help="Leave where pi is above it; default: the model's.")] = None,
     criterion: Rule = None,
     param: Params = None,
+    point: Annotated[str | None, typer.Option(help="Operating point that calibrate has saved, e.g. fast.")] = None,
+    speed: Annotated[float | None, typer.Option(help="Place on the dial, 0 (full depth) to 1.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch.")] = 32,
     as_json: Json = False,
 ) -> None:
@@ -93,7 +98,7 @@ def predict(
     from rl_exit.prediction import predict_texts
 
     texts, pairs = _read_texts(text, text_pair, file)
-    rows = predict_texts(model, texts, pairs, threshold, batch_size, criterion, param or [])
+    rows = predict_texts(model, texts, pairs, threshold, batch_size, criterion, param or [], point, speed)
     if as_json:
         print_json(rows)
         return
