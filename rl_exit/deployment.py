@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rl_exit.config import RunConfig, load_config
 from rl_exit.costs import CostModel, read_costs, write_costs
-from rl_exit.criteria import LEARNED, Criterion, load_criterion
+from rl_exit.criteria import LEARNED, Criterion, StoredSplit, load_criterion
 from rl_exit.criteria.learned import learned_words
+from rl_exit.data.instances import Instances
 from rl_exit.data.tasks import TextSplit, load_labelled, tokenise
+from rl_exit.dial import DialSettings, dial_exits, save_dial, train_dial
 from rl_exit.errors import ConfigError, DataError, RunError
 from rl_exit.files import read_json, write_json, write_text
 from rl_exit.models.early_exit import EarlyExitModel
+from rl_exit.models.policy import PolicyHeads
 from rl_exit.models.prune import pruned
 from rl_exit.operating import OperatingPoint, gather, point_by_loss, point_by_speed
 from rl_exit.profiling import profile, surroundings
 from rl_exit.progress import Display
 
+SPEEDS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
+"""Where a dial is compared with policies for one price."""
 # Criteria that learn nothing and have a threshold of natural range: what `--criterion all` tries beside the policy.
 PLAIN = ("max_probability", "entropy", "calm_softmax", "pabee")
 _ANY: dict[str, dict[str, Any]] = {"pabee": {"patience": 1}, "consistentee": {}}
@@ -95,7 +103,7 @@ def rules_of(folder: Path, words: Sequence[str]) -> list[Criterion]:
     """
     wanted = list(words) or ["consistentee"]
     if "all" in wanted:
-        learned = [word for word in learned_words(folder / "criteria") if word != "dial"]
+        learned = learned_words(folder / "criteria")
         wanted = ["consistentee", *PLAIN, *learned]
     return [_rule(folder, word) for word in dict.fromkeys(wanted)]
 
@@ -167,6 +175,67 @@ def save_point(folder: Path, name: str, point: OperatingPoint, origin: str, coun
     tree["operating_points"] = {**(tree.get("operating_points") or {}), name: entry}
     write_json(path, tree)
     return entry
+
+
+def make_dial(
+    target: Path, display: Display, data: Path | None = None, settings: DialSettings | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Train a dial (:mod:`rl_exit.dial`), compare it with policies for single prices, and save it with the model.
+
+    Args:
+        target: Model folder or run directory.
+        display: Where progress is shown.
+        data: File of texts that the exits were not trained on; None: those that the run held out for its policy.
+        settings: Of the training.
+        seed: Of the training.
+
+    Returns:
+        ``curve``: for each speed the mean exit layer and accuracy on dev of the dial and of a policy trained for that
+        price alone; ``trained_on``: how many texts.
+
+    Raises:
+        UserError: No such data.
+    """
+    how = settings or DialSettings()
+    folder = model_folder(target)
+    model = EarlyExitModel.from_pretrained(folder)
+    if data is None:
+        held = target / "data" / "held.arrow"
+        if not held.is_file():
+            raise DataError(
+                f"{target}: no texts were held out from its exits (policy.holdout) for a dial to learn on; name some "
+                "with --data FILE"
+            )
+        instances = Instances.open(held)
+    else:
+        split, _ = calibration_texts(folder, data, labelled=True)
+        instances = tokenise(split, model.tokenizer, model.config.max_tokens)
+    dev, origin = calibration_texts(folder, None, labelled=True)
+    measured = tokenise(dev, model.tokenizer, model.config.max_tokens)
+    with display.step("every exit", len(instances) + len(measured)) as progress:
+        train = gather(model, instances, progress=progress).split
+        test = gather(model, measured).split
+    curve = []
+    with display.step("dial", 1 + len(SPEEDS)) as progress:
+        heads = train_dial(train, how, seed)
+        progress.update(1)
+        for number, speed in enumerate(SPEEDS):
+            alone = train_dial(train, how, seed, fixed_speed=speed)
+            curve.append(
+                {"speed": speed, "alpha": how.low * (how.high / how.low) ** speed}
+                | {"dial": _outcome(heads, test, speed), "alone": _outcome(alone, test, speed)}
+            )
+            progress.update(2 + number)
+    full = float(test.correct[:, -1].mean())
+    found = {"trained_on": len(instances), "measured_on": f"{len(measured)} texts, {origin}", "full_depth": full}
+    save_dial(folder, heads, model.config.num_labels, {**found, "curve": curve, "settings": asdict(how), "seed": seed})
+    return {**found, "curve": curve}
+
+
+def _outcome(heads: PolicyHeads, split: StoredSplit, speed: float) -> dict[str, float]:
+    left = dial_exits(heads, split, speed).numpy()
+    right = split.correct[np.arange(len(left)), left - 1]
+    return {"mean_exit_layer": float(left.mean()), "accuracy": float(right.mean())}
 
 
 def prune_model(folder: Path, out: Path, depth: int) -> tuple[int, int]:

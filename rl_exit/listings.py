@@ -85,7 +85,7 @@ def inference_table(results: Mapping[str, Any]) -> Table:
         "against plain",
         "batch alone",
     )
-    for header in (*headers, "nobody leaves", "asked for 2x"):
+    for header in (*headers, "nobody leaves", "off what was asked for"):
         table.add_column(header, justify="right")
     for name, model in results["models"].items():
         for size, row in model["engine"].items():
@@ -102,6 +102,18 @@ def inference_table(results: Mapping[str, Any]) -> Table:
             )
         promise = model["guarantee"]
         table.add_row(Text(name), "", f"guarantee broken in {promise['broken_on_the_other_half']:.1%} of halves")
+    return table
+
+
+def dial_table(found: Mapping[str, Any]) -> Table:
+    """The dial beside policies trained for one price each."""
+    title = f"dial, measured on {found['measured_on']}; full depth {found['full_depth']:.4f}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for header in ("speed", "price of a layer", "dial: layers", "accuracy", "one price: layers", "accuracy"):
+        table.add_column(header, justify="right")
+    for row in found["curve"]:
+        figures = [row[who][what] for who in ("dial", "alone") for what in ("mean_exit_layer", "accuracy")]
+        table.add_row(f"{row['speed']:.2f}", f"{row['alpha']:.4f}", *(f"{value:.4f}" for value in figures))
     return table
 
 

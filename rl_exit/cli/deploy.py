@@ -1,4 +1,4 @@
-"""Commands that make a model ready for use: profile, calibrate, prune."""
+"""Commands that make a model ready for use: profile, calibrate, dial, prune."""
 
 from __future__ import annotations
 
@@ -101,3 +101,25 @@ def prune(
 
     before, after = prune_model(model_folder(model), out, depth)
     typer.echo(f"{out}: {depth} layers, {after / 1e6:.1f} of {before / 1e6:.1f} million weights")
+
+
+@app.command(epilog="Example: `rl-exit dial runs/docstrings` · then `rl-exit predict runs/docstrings --speed 0.5`")
+@told
+def dial(
+    model: Target,
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled texts that the exits were not trained on; default: the run's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train one policy for every price of a layer, so that --speed moves along the curve; saved with the model."""
+    from rl_exit.deployment import make_dial
+    from rl_exit.listings import dial_table
+    from rl_exit.progress import Terminal
+
+    found = make_dial(model, Terminal(), data, seed=seed)
+    if as_json:
+        print_json(found)
+    else:
+        print_table(dial_table(found))

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rl_exit.criteria import Criterion
 from rl_exit.criteria.registry import load_criterion
-from rl_exit.errors import ConfigError, ModelError, nearest
+from rl_exit.dial import load_dial
+from rl_exit.errors import ConfigError, nearest
 from rl_exit.inference import choose_criterion
 
 if TYPE_CHECKING:
     from rl_exit.models.early_exit import EarlyExitModel
-
-DIAL = "dial"
 
 
 def chosen_rule(
@@ -35,7 +34,7 @@ def chosen_rule(
 
     Raises:
         ConfigError: More than one wish, an unknown operating point, or a value out of range.
-        ModelError: The model has no dial, or its learned criteria are not where it was loaded from.
+        UserError: The model has no dial, or its learned criteria are not where it was loaded from.
     """
     given = {"threshold": threshold, "criterion": criterion, "operating_point": operating_point, "speed": speed}
     names = [name for name, value in given.items() if value is not None]
@@ -46,7 +45,7 @@ def chosen_rule(
     if speed is not None:
         if isinstance(speed, bool) or not isinstance(speed, (int, float)) or not 0.0 <= speed <= 1.0:
             raise ConfigError(f"speed = {speed!r}; accepted: a number from 0 (full depth) to 1")
-        return saved_criterion(model, DIAL, {"speed": float(speed)})
+        return load_dial(Path(model.config.name_or_path or "."), model.num_layers, float(speed))
     return choose_criterion(criterion, threshold, model.config.threshold)
 
 
@@ -55,7 +54,7 @@ def point_rule(model: EarlyExitModel, name: str) -> Criterion:
 
     Raises:
         ConfigError: No point of that name.
-        ModelError: What it learned is not where the model was loaded from.
+        RunError: What it learned is not where the model was loaded from.
     """
     points: Mapping[str, Any] = model.config.operating_points or {}
     if name not in points:
@@ -69,9 +68,6 @@ def saved_criterion(model: EarlyExitModel, word: str, params: Mapping[str, Any])
     """A criterion with what it learned, from ``criteria/`` in the folder that the model was loaded from.
 
     Raises:
-        ModelError: It learned something that is not there.
+        RunError: It learned something that is not there.
     """
-    folder = Path(model.config.name_or_path or ".") / "criteria"
-    if word == DIAL and not (folder / f"{DIAL}.json").is_file():
-        raise ModelError(f"{folder}: this model has no dial; 'rl-exit dial MODEL --data FILE' trains one")
-    return load_criterion(folder, word, **params)
+    return load_criterion(Path(model.config.name_or_path or ".") / "criteria", word, **params)
