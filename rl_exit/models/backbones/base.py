@@ -9,7 +9,7 @@ Shapes: B rows, T tokens (padded on the right), H hidden size, L layers. Layers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +104,64 @@ class StepState:
             tables=self.tables if keep == self.length else self.tables.trim(keep),
             backbone=self.backbone,
         )
+
+    def head(self, count: int) -> StepState:
+        """Return the first `count` rows as a view, untrimmed and with no masks: to be given to :func:`join_states`."""
+        return self._part(slice(None, count))
+
+    def tail(self, count: int) -> StepState:
+        """Return all rows but the first `count`, as :meth:`head` does."""
+        return self._part(slice(count, None))
+
+    def _part(self, rows: slice) -> StepState:
+        return StepState(
+            self.hidden[rows], self.attention_mask[rows], self.lengths[rows], {}, self.tables, self.backbone
+        )
+
+
+def join_states(states: Sequence[StepState]) -> StepState:
+    """Put batches that stand after the same layer together, in their order, padded to the longest row among them.
+
+    Rows do not see each other, so each goes on as it would have alone. Batches of different padding may be joined: the
+    shorter are padded with zeros, and padding beyond the longest row is cut.
+
+    Args:
+        states: One or more of the same backbone, after the same layer.
+
+    Returns:
+        The rows of all of them, [sum of B, T, H], with masks for the next layer.
+
+    Raises:
+        ValueError: No states, or of different backbones.
+    """
+    if not states or any(state.backbone is not states[0].backbone for state in states):
+        raise ValueError("join_states needs one or more states of one backbone")
+    backbone = states[0].backbone
+    lengths = torch.cat([state.lengths for state in states])
+    keep = max(int(lengths.max()), 1) if len(lengths) else states[0].length
+    # What the layers read beside the rows is the same for every row; the longest batch has all positions.
+    longest = max(states, key=lambda state: state.length)
+    if all(state.length >= keep for state in states):
+        hidden = torch.cat([state.hidden[:, :keep] for state in states])
+        attention_mask = torch.cat([state.attention_mask[:, :keep] for state in states])
+    else:
+        first = longest.hidden
+        hidden = first.new_zeros((len(lengths), keep, first.shape[2]))
+        attention_mask = longest.attention_mask.new_zeros((len(lengths), keep))
+        start = 0
+        for state in states:
+            rows, columns = slice(start, start + state.batch_size), min(state.length, keep)
+            hidden[rows, :columns] = state.hidden[:, :columns]
+            attention_mask[rows, :columns] = state.attention_mask[:, :columns]
+            start += state.batch_size
+    return StepState(
+        hidden=hidden,
+        attention_mask=attention_mask,
+        lengths=lengths,
+        masks=backbone.masks(hidden, attention_mask, lengths),
+        tables=longest.tables if keep == longest.length else longest.tables.trim(keep),
+        backbone=backbone,
+    )
 
 
 def _no_tables(model: Any, hidden: Tensor) -> Tables:
