@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rl_exit.criteria import Criterion
 from rl_exit.data.instances import Instances
-from rl_exit.serving.pool import RequestPool, PoolRules, Row
+from rl_exit.serving.pool import PoolRules, RequestPool, Row
 from rl_exit.serving.steps import Passage, run_step
 
 Result = TypeVar("Result")

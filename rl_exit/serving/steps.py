@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rl_exit.criteria import Carry, Criterion
 from rl_exit.criteria.base import compact
-from rl_exit.inference import LayeredModel
-from rl_exit.models.backbones import StepState
+from rl_exit.models.backbones import StepState, join_states
+from rl_exit.stepping import LayeredModel
 
 
 @dataclass(eq=False, slots=True)
@@ -115,32 +115,6 @@ def run_step(model: LayeredModel, layer: int, passages: Sequence[Passage], pad_t
     return StepOutcome(left, found, stay, state.batch_size * state.length)
 
 
-def join(states: Sequence[StepState]) -> StepState:
-    """Put states of the same layer below one another, padded to the longest.
-
-    Args:
-        states: One or more of one backbone; what their rows hold beyond their lengths need not be kept.
-
-    Returns:
-        A state with the rows of the first, then of the second, and so on.
-    """
-    if len(states) == 1:
-        return states[0]
-    longest = max(states, key=lambda state: state.length)
-    rows = sum(state.batch_size for state in states)
-    hidden = longest.hidden.new_zeros((rows, longest.length, longest.hidden.shape[2]))
-    mask = longest.attention_mask.new_zeros((rows, longest.length))
-    first = 0
-    for state in states:
-        place = slice(first, first + state.batch_size)
-        hidden[place, : state.length] = state.hidden
-        mask[place, : state.length] = state.attention_mask
-        first += state.batch_size
-    lengths = torch.cat([state.lengths for state in states])
-    backbone = longest.backbone
-    return StepState(hidden, mask, lengths, backbone.masks(hidden, mask, lengths), longest.tables, backbone)
-
-
 Parts = list[tuple[Chunk, list[int]]]
 Gathered = tuple[list[int], StepState, Parts]
 
@@ -176,12 +150,11 @@ def _gather(passages: Sequence[Passage]) -> Gathered:
         rows = [passages[position].index for position in positions]
         order += positions
         parts.append((chunk, rows))
-        if rows == list(range(chunk.state.batch_size)):
-            states.append(chunk.state)
-        else:
+        states.append(chunk.state)
+        if rows != list(range(chunk.state.batch_size)):
             wanted = torch.tensor(rows)
-            states.append(chunk.state.select(wanted, length=int(chunk.state.lengths[wanted].max())))
-    return order, join(states), parts
+            states[-1] = chunk.state.select(wanted, length=int(chunk.state.lengths[wanted].max()))
+    return order, join_states(states) if len(states) > 1 else states[0], parts
 
 
 def _by_rule(passages: Sequence[Passage], order: Sequence[int]) -> Iterable[tuple[Criterion, list[int]]]:

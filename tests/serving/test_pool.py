@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_exit.errors import ConfigError
-from rl_exit.serving.pool import RequestPool, PoolRules, Row
+from rl_exit.serving.pool import PoolRules, RequestPool, Row
 
 
 def rows(*lengths: int, layer: int = 1, arrived: float = 0.0) -> list[Row[int]]:

@@ -30,7 +30,9 @@ WORDS = ("cat", "dog", "horse", "saw", "drill", "the", "red", "near", "under", "
 @pytest.fixture(scope="module", params=["state", "both"])
 def model(request: pytest.FixtureRequest, tiny_backbone: Path) -> EarlyExitModel:
     """With policy heads that are not all alike, so that texts leave at different layers."""
-    made = EarlyExitModel.from_backbone(str(tiny_backbone), ["a", "b", "c"], policy_inputs=request.param, seed=3)
+    made = EarlyExitModel.from_backbone(
+        str(tiny_backbone), ["a", "b", "c"], policy_inputs=request.param, pooling="mean"
+    )
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for weight in (made.policy.weight_out, *(head for head in made.exits.parameters())):
@@ -40,10 +42,10 @@ def model(request: pytest.FixtureRequest, tiny_backbone: Path) -> EarlyExitModel
 
 @pytest.fixture(scope="module")
 def rules(model: EarlyExitModel) -> tuple[Criterion, ...]:
-    """A plain threshold at which half of the texts leave at layer 1, rules that remember, and one that reads nothing."""
-    instances = instances_of(model, 60, 1)
+    """A threshold at which half of the texts leave at layer 1, two rules that remember, and one that reads nothing."""
+    instances = instances_of(model, 30, 1)
     with torch.no_grad():
-        every = model.all_exits(**instances.batch(range(60)))
+        every = model.all_exits(**instances.batch(range(30)))
         pi = model.exit_logits(every.states, every.logits)[:, 0].sigmoid()
     middle = criterion("consistentee", threshold=float(pi.median()))
     return (middle, criterion("pabee", patience=1), criterion("beem", threshold=0.2), Fixed(2))
@@ -69,8 +71,8 @@ def passages_of(instances: Instances, rules: list[Criterion]) -> list[Passage]:
     return [Passage(instances.tokens[a:b], None if types is None else types[a:b], rule) for a, b, rule in bounds]
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), count=st.integers(1, 24))
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 12))
 def test_any_order_of_steps_equals_each_text_alone(
     model: EarlyExitModel, rules: tuple[Criterion, ...], seed: int, count: int
 ) -> None:
@@ -99,8 +101,8 @@ def test_any_order_of_steps_equals_each_text_alone(
 
 def test_texts_leave_at_different_layers(model: EarlyExitModel, rules: tuple[Criterion, ...]) -> None:
     """Without this the comparison above would show little."""
-    assert len({layer for layer, _ in alone(model, instances_of(model, 60, 1), [rules[0]] * 60)}) >= 2
-    assert len({layer for layer, _ in alone(model, instances_of(model, 60, 1), [rules[1]] * 60)}) >= 2
+    assert len({layer for layer, _ in alone(model, instances_of(model, 30, 1), [rules[0]] * 30)}) >= 2
+    assert len({layer for layer, _ in alone(model, instances_of(model, 30, 1), [rules[1]] * 30)}) >= 2
 
 
 def test_a_wrong_memory_would_be_seen(model: EarlyExitModel) -> None:
