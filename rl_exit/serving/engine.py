@@ -126,6 +126,11 @@ class PooledEngine:
             self._wake.notify()
         return job.answer
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
     def waiting(self) -> list[int]:
         """Texts that wait for each layer, [L]; those on their way to layer 1 included."""
         waiting = self._pool.waiting()

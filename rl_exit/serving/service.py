@@ -40,8 +40,8 @@ class ModelService:
 
     @property
     def operating_points(self) -> list[str]:
-        """Names that :class:`Wish` may use."""
-        return [FULL_DEPTH]
+        """Names that a :class:`Wish` may use."""
+        return operating_points(self.model)
 
     async def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, wish: Wish) -> list[dict[str, Any]]:
         """Label texts; those of all requests at the same layer run together.
@@ -121,6 +121,11 @@ class ModelService:
         if wish.operating_point not in self.operating_points:
             raise ConfigError(unknown_point(wish.operating_point, self.operating_points))
         return Fixed(self.model.num_layers)
+
+
+def operating_points(model: Any) -> list[str]:
+    """Names of the operating points of a model."""
+    return [FULL_DEPTH]
 
 
 @torch.inference_mode()
