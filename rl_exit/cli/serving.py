@@ -45,6 +45,4 @@ def serve(
         limits=Limits(max_chars, max_texts, max_body, max_waiting, timeout),
     )
     left = serve_model(options, lambda address: typer.echo(f"serving {model} at {address} (Ctrl-C ends)"))
-    typer.echo(
-        f"ended; {left} requests were not answered in time" if left else "ended; all open requests were answered"
-    )
+    typer.echo(f"ended; {left or 'no'} open requests were left unanswered")

@@ -259,6 +259,7 @@ def serve_model(options: ServeOptions, ready: Callable[[str], None], stop: threa
     info, options = describe(options)
     stop = stop or threading.Event()
     # Ray sets handlers of its own when it starts, so ours come after it. While Serve starts they wait.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     with _session(options), _signals(stop):
         serve.start(
             http_options={"host": options.host, "port": options.port},
