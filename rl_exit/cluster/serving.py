@@ -30,6 +30,7 @@ from rl_exit.serving.schema import Limits, ModelInfo, Wish
 
 NAME = "rl-exit"
 GIVEN_UP = 8  # replicas that may die under one request before it is refused
+FIRST_WAIT = 0.05  # seconds before a request is given to another replica; doubles with every further death
 DRAIN = 30.0  # seconds that open requests are waited for at the end
 
 Batching = Literal["pooled", "plain"]
@@ -182,7 +183,7 @@ class Replicas:
                 return await getattr(self._handle, method).remote(*words)
             except RayActorError:
                 self.retried()
-                await asyncio.sleep(min(0.05 * 2**attempt, 1.0))
+                await asyncio.sleep(min(FIRST_WAIT * 2**attempt, 1.0))
         raise Refusal(503, "no_replica", f"{GIVEN_UP} replicas of the model died while they worked on this request")
 
 
@@ -343,6 +344,7 @@ def _session(options: ServeOptions) -> Iterator[None]:
     started = not ray.is_initialized()
     if started:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: people wait for a server
         ray.init(
             "local",
             num_cpus=max(options.replicas + 1, os.cpu_count() or 1),
