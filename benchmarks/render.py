@@ -192,6 +192,41 @@ def _compare_origin(tree: dict[str, Any]) -> str:
     )
 
 
+SERVED = {"pooled": "pooled", "plain": "plain batching", "full_depth": "full depth, plain batching"}
+
+
+def serving(results: dict[str, Any]) -> str:
+    """Latency by load, and throughput at equal p95."""
+    rows = [
+        [
+            SERVED[kind],
+            f"{row['offered_per_s']:g}",
+            f"{row['answered_per_s']:.1f}",
+            *(f"{row[key]:.0f}" for key in ("p50_ms", "p95_ms", "p99_ms")),
+        ]
+        for kind, found in results["rows"].items()
+        for row in found
+    ]
+    load = markdown_table(["", "offered per s", "answered per s", "p50 ms", "p95 ms", "p99 ms"], rows)
+    bounds = [
+        [
+            f"{limit} ms",
+            *("-" if found.get(kind) is None else f"{found[kind]:.0f}" for kind in SERVED),
+            "-" if ratio is None else f"{ratio:.2f}",
+        ]
+        for (limit, found), ratio in zip(
+            results["throughput_at_p95_ms"].items(), results["pooled_vs_plain"].values(), strict=True
+        )
+    ]
+    equal = markdown_table(["p95 at most", *(f"{name}, per s" for name in SERVED.values()), "pooled / plain"], bounds)
+    machine, versions = results["machine"], results["versions"]
+    origin = (
+        f"`{results['command']}` of {results['date'][:10]}: {machine['cpu']}, {machine['cores']} cores, torch "
+        f"{versions['torch']}, Ray {versions['ray']}; load average at the end {machine['load_average_at_end']:.1f}.\n"
+    )
+    return f"{origin}\n{load}\n{equal}"
+
+
 # Marker -> (results file, table); of a name with a star, the table of all the files by name.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sampling": ("sampling", sampling),
@@ -200,6 +235,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "learning": ("learning-stackoverflow", learning),
     "comparisons": ("compare-*", comparisons),
     "ablations": ("ablation-*", ablations),
+    "serving": ("serving-load", serving),
 }
 # Image -> (results file, drawing).
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
