@@ -164,6 +164,10 @@ class RewardConfig(Section):
         description="price of a layer, in right answers (correctness; usual 0.003-0.03) or nats (paper 0.005-0.1); "
         "default: 0.1 for the rewards by cross-entropy",
     )
+    cost: Literal["layers", "latency"] = Field(
+        "layers",
+        description="what alpha is the price of: layers, or the time measured on this machine (in layers' time)",
+    )
 
     @model_validator(mode="before")
     @classmethod

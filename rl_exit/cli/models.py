@@ -86,6 +86,8 @@ def predict(
     threshold: Annotated[float | None, typer.Option(help="Leave where pi is above it; default: the model's.")] = None,
     criterion: Rule = None,
     param: Params = None,
+    point: Annotated[str | None, typer.Option(help="Operating point that calibrate has saved, e.g. fast.")] = None,
+    speed: Annotated[float | None, typer.Option(help="Place on the dial, 0 (full depth) to 1.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch.")] = 32,
     as_json: Json = False,
 ) -> None:
@@ -93,7 +95,7 @@ def predict(
     from rl_exit.prediction import predict_texts
 
     texts, pairs = _read_texts(text, text_pair, file)
-    rows = predict_texts(model, texts, pairs, threshold, batch_size, criterion, param or [])
+    rows = predict_texts(model, texts, pairs, threshold, batch_size, criterion, param or [], point, speed)
     if as_json:
         print_json(rows)
         return

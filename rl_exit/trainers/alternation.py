@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rl_exit.config import OptimConfig, RunConfig
+from rl_exit.costs import read_costs, write_costs
 from rl_exit.data.instances import Instances
 from rl_exit.data.tasks import load_task, tokenise
 from rl_exit.envs.state_store import StateStore
@@ -24,6 +26,7 @@ from rl_exit.errors import UserError
 from rl_exit.evaluation import SplitResult, check_metric, choose_threshold
 from rl_exit.files import read_json, telling_disk_errors, write_json
 from rl_exit.models.early_exit import EarlyExitModel
+from rl_exit.profiling import FEWEST, profile
 from rl_exit.progress import Display, Progress
 from rl_exit.report import write_report
 from rl_exit.seeding import derive_seed
@@ -225,6 +228,8 @@ class _Alternation:
         c = self.config
         model = EarlyExitModel.from_pretrained(model_path)
         settings = policy_settings(c, derive_seed(c.seed, "policy", number))
+        if c.reward.cost == "latency":
+            settings = replace(settings, cost=self._measured_cost(number, model))
         with (
             policy_store(self._round(number) / "store-train", c.policy.inputs) as store,
             self.display.step(f"round {number}: policy ({c.algorithm})", c.policy.epochs) as progress,
@@ -240,6 +245,17 @@ class _Alternation:
         model.policy.load_state_dict(outcome.weights)
         model.save_pretrained(self._round(number) / "model")
         return {"warnings": list(outcome.warnings)}
+
+    def _measured_cost(self, number: int, model: EarlyExitModel) -> tuple[float, ...]:
+        """Time of leaving at each layer, in layers; measured once in a round and kept, so that a resumed run agrees."""
+        folder = self._round(number)
+        costs = read_costs(folder)
+        if costs is None:
+            with self.display.step(f"round {number}: time of each layer", 1 + FEWEST) as progress:
+                costs = profile(model, [self.config.inference.batch_size], runs=FEWEST, progress=progress)
+            write_costs(folder, costs)
+        length = int(np.median(Instances.open(self._instances("dev")).lengths))
+        return tuple(float(value) for value in costs.in_layers(self.config.inference.batch_size, length))
 
     def _dev(self, number: int, log: MetricLog) -> dict[str, Any]:
         c = self.config

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +52,7 @@ class StepState:
         hidden: Output of the last layer that ran, before any final norm, [B, T, H].
         attention_mask: 1 at real tokens and 0 at right padding, int64 [B, T].
         lengths: Real tokens of each row, int64 [B], always on the CPU, so that nobody has to ask the device.
+        padded: Whether any row is shorter than T.
         masks: By reach (None: everything), what the layers of that reach take as mask; None where none is needed.
         tables: Rotary tables, relative positions and the like.
         backbone: The backbone that made this state.
@@ -59,6 +61,7 @@ class StepState:
     hidden: Tensor
     attention_mask: Tensor
     lengths: Tensor
+    padded: bool
     masks: Mapping[int | None, Tensor | None]
     tables: Tables
     backbone: SteppedBackbone = field(repr=False, compare=False)
@@ -100,7 +103,8 @@ class StepState:
             hidden=hidden,
             attention_mask=attention_mask,
             lengths=lengths,
-            masks=self.backbone.masks(hidden, attention_mask, lengths),
+            padded=(padded := _shorter_than(lengths, keep)),
+            masks=self.backbone.masks(hidden, attention_mask, padded),
             tables=self.tables if keep == self.length else self.tables.trim(keep),
             backbone=self.backbone,
         )
@@ -115,7 +119,7 @@ class StepState:
 
     def _part(self, rows: slice) -> StepState:
         return StepState(
-            self.hidden[rows], self.attention_mask[rows], self.lengths[rows], {}, self.tables, self.backbone
+            self.hidden[rows], self.attention_mask[rows], self.lengths[rows], True, {}, self.tables, self.backbone
         )
 
 
@@ -158,7 +162,8 @@ def join_states(states: Sequence[StepState]) -> StepState:
         hidden=hidden,
         attention_mask=attention_mask,
         lengths=lengths,
-        masks=backbone.masks(hidden, attention_mask, lengths),
+        padded=(padded := _shorter_than(lengths, keep)),
+        masks=backbone.masks(hidden, attention_mask, padded),
         tables=longest.tables if keep == longest.length else longest.tables.trim(keep),
         backbone=backbone,
     )
@@ -265,7 +270,8 @@ class SteppedBackbone(nn.Module):
             hidden=hidden,
             attention_mask=attention_mask,
             lengths=lengths,
-            masks=self.masks(hidden, attention_mask, lengths),
+            padded=(padded := _shorter_than(lengths, input_ids.shape[1])),
+            masks=self.masks(hidden, attention_mask, padded),
             tables=self._family.tables(self.model, hidden),
             backbone=self,
         )
@@ -281,7 +287,19 @@ class SteppedBackbone(nn.Module):
         mask = state.masks[self._reaches[layer - 1]]
         output = self._family.run_layer(self.model, layer - 1, state, mask)
         hidden = output[0] if isinstance(output, tuple) else output
-        return StepState(hidden, state.attention_mask, state.lengths, state.masks, state.tables, self)
+        return StepState(hidden, state.attention_mask, state.lengths, state.padded, state.masks, state.tables, self)
+
+    def layer_modules(self) -> nn.ModuleList:
+        """Return the list of the L layers inside the model.
+
+        Raises:
+            ModelError: There is none of that length (layers that share their weights).
+        """
+        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        found = next((module for module in lists if len(module) == self.num_layers), None)
+        if found is None:
+            raise ModelError(f"the layers of this {self.family} backbone are not {self.num_layers} separate modules")
+        return found
 
     def hidden(self, layer: int, state: StepState) -> Tensor:
         """Return what exit `layer` reads, [B, T, H]; at layer L the model's ``last_hidden_state``.
@@ -307,11 +325,10 @@ class SteppedBackbone(nn.Module):
             states.append(state.hidden if layer < self.num_layers else self.hidden(layer, state))
         return states
 
-    def masks(self, hidden: Tensor, attention_mask: Tensor, lengths: Tensor) -> dict[int | None, Tensor | None]:
+    def masks(self, hidden: Tensor, attention_mask: Tensor, padded: bool) -> dict[int | None, Tensor | None]:
         """Build the attention masks of a batch, one for each reach that a layer has (see :class:`StepState`)."""
         form = self._family.mask_form
         eager = form == "interface" and attention_of(self.model.config) == "eager"
-        padded = bool((lengths < hidden.shape[1]).any())
         return {
             reach: attention_mask_for(
                 attention_mask,
@@ -331,13 +348,17 @@ def _checked_lengths(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
         given = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
         raise ValueError(f"input_ids and attention_mask must both have shape [B, T], not {given}")
-    lengths = attention_mask.sum(1)
-    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    wrong = (attention_mask != (positions < lengths[:, None])).sum()
-    *on_cpu, misplaced = torch.cat([lengths, wrong[None]]).tolist()
-    if misplaced:
+    # numpy, once there: a third of torch's time for a few numbers.
+    mask = attention_mask.cpu().numpy()
+    lengths = mask.sum(1)
+    if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
         raise ValueError("attention_mask must be 1 at real tokens and 0 after them: batches are padded on the right")
-    return torch.tensor(on_cpu, dtype=torch.int64)
+    return torch.from_numpy(lengths)
+
+
+def _shorter_than(lengths: Tensor, length: int) -> bool:
+    """Whether any row is shorter than the padded length."""
+    return bool((lengths.numpy() < length).any())
 
 
 @torch.no_grad()
