@@ -288,7 +288,7 @@ def describe(options: ServeOptions) -> tuple[ModelInfo, ServeOptions]:
         UserError: The model cannot be loaded.
     """
     from rl_exit.models.early_exit import EarlyExitModel
-    from rl_exit.serving.service import operating_points
+    from rl_exit.serving.service import has_dial, operating_points
 
     inside = Path(options.model) / "model"
     is_run = (inside / "config.json").is_file() and not (Path(options.model) / "config.json").exists()
@@ -302,6 +302,7 @@ def describe(options: ServeOptions) -> tuple[ModelInfo, ServeOptions]:
         max_tokens=model.max_length,
         operating_points=operating_points(model),
         threshold=float(config.threshold),
+        has_dial=has_dial(model),
     )
     return info, replace(options, model=str(Path(folder).resolve()) if Path(folder).is_dir() else folder)
 

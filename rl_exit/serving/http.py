@@ -126,6 +126,8 @@ class Front:
         if wish.operating_point is not None and wish.operating_point not in self.info.operating_points:
             message = unknown_point(wish.operating_point, self.info.operating_points)
             raise Refusal(422, "unknown_operating_point", message, "operating_point")
+        if wish.speed is not None and not self.info.has_dial:
+            raise Refusal(422, "no_dial", "speed: this model has no dial; 'rl-exit dial' trains one", "speed")
 
     async def _inside(self, count: int, work: Any) -> Any:
         if self._texts_inside + count > self.limits.max_waiting:
@@ -213,7 +215,7 @@ def build_app(front: Front) -> FastAPI:
 
 
 def _wish(body: OneText | ManyTexts) -> Wish:
-    return Wish(body.operating_point, body.threshold)
+    return Wish(body.operating_point, body.threshold, body.speed)
 
 
 def _page(file: str, kind: str) -> Callable[[], Any]:

@@ -21,10 +21,12 @@ class Wish:
     Attributes:
         operating_point: By name.
         threshold: Of the policy, 0 to 1.
+        speed: Place on the dial, 0 (full depth) to 1, where the model has one.
     """
 
     operating_point: str | None = None
     threshold: float | None = None
+    speed: float | None = None
 
 
 def unknown_point(name: str, known: Sequence[str]) -> str:
@@ -67,6 +69,7 @@ class ModelInfo:
         max_tokens: Tokens per text; longer texts are cut.
         operating_points: Names that a request may use.
         threshold: At which texts leave where a request names nothing.
+        has_dial: Whether a request may name a speed.
     """
 
     name: str
@@ -75,6 +78,7 @@ class ModelInfo:
     max_tokens: int
     operating_points: list[str]
     threshold: float
+    has_dial: bool = False
 
 
 Text = Annotated[str, Strict(), Field(min_length=1, description="Not blank.")]
@@ -86,16 +90,24 @@ Threshold = Annotated[
 ]
 
 
+Speed = Annotated[
+    float,
+    Strict(),
+    Field(ge=0, le=1, allow_inf_nan=False, description="0 (full depth) to 1; only where the model has a dial."),
+]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     operating_point: Point | None = None
     threshold: Threshold | None = None
+    speed: Speed | None = None
 
     @model_validator(mode="after")
-    def _one_of_the_two(self) -> Self:
-        if self.operating_point is not None and self.threshold is not None:
-            raise ValueError("give either operating_point or threshold, not both")
+    def _one_wish(self) -> Self:
+        if sum(wish is not None for wish in (self.operating_point, self.threshold, self.speed)) > 1:
+            raise ValueError("give one of operating_point, threshold and speed")
         return self
 
 
@@ -171,6 +183,7 @@ class ModelAnswer(BaseModel):
     max_tokens: int
     operating_points: list[str]
     threshold: float
+    has_dial: bool
     max_chars: int
     max_texts: int
     max_body: int

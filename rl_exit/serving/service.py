@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ import torch
 from rl_exit.criteria import Criterion, Fixed
 from rl_exit.data.instances import Instances
 from rl_exit.data.tasks import TextSplit, tokenise
-from rl_exit.errors import ConfigError, ModelError
-from rl_exit.inference import choose_criterion, run_batch
+from rl_exit.dial import DESCRIPTION
+from rl_exit.errors import ModelError
+from rl_exit.inference import run_batch
+from rl_exit.models.choices import chosen_rule
 from rl_exit.serving.engine import Left, PooledEngine
 from rl_exit.serving.pool import PoolRules
-from rl_exit.serving.schema import FULL_DEPTH, Wish, unknown_point
+from rl_exit.serving.schema import FULL_DEPTH, Wish
 
 TIMED = 3  # passes of which the fastest counts, where a text is timed against full depth
 
@@ -114,18 +117,19 @@ class ModelService:
         ]
 
     def _rule(self, wish: Wish) -> Criterion:
-        if wish.operating_point is None:
-            return choose_criterion(None, wish.threshold, self.model.config.threshold)
-        if wish.threshold is not None:
-            raise ConfigError("give either operating_point or threshold, not both")
-        if wish.operating_point not in self.operating_points:
-            raise ConfigError(unknown_point(wish.operating_point, self.operating_points))
-        return Fixed(self.model.num_layers)
+        if wish.operating_point == FULL_DEPTH:
+            return Fixed(self.model.num_layers)
+        return chosen_rule(self.model, wish.threshold, None, wish.operating_point, wish.speed)
 
 
 def operating_points(model: Any) -> list[str]:
     """Names of the operating points of a model."""
-    return [FULL_DEPTH]
+    return [*(model.config.operating_points or ()), FULL_DEPTH]
+
+
+def has_dial(model: Any) -> bool:
+    """Whether requests may name a speed."""
+    return (Path(model.config.name_or_path or ".") / DESCRIPTION).is_file()
 
 
 @torch.inference_mode()

@@ -89,16 +89,15 @@ def run_step(model: LayeredModel, layer: int, passages: Sequence[Passage], pad_t
         whole = len(rows) == len(order)
         part = state if whole else state.select(torch.tensor(rows), length=int(state.lengths[rows].max()))
         view = model.view(layer, part)
-        if layer == model.num_layers:
-            leave, carry = view.everyone(True), {}
-        else:
-            carry = rule.start(len(rows), part.hidden.device) if layer == 1 else _carry_of(rows, parts)
-            leave = rule.leave(layer, view, carry)
-        leave = leave.cpu()
+        carry = rule.start(len(rows), part.hidden.device) if layer == 1 else _carry_of(rows, parts)
+        last = layer == model.num_layers
+        leave = (view.everyone(True) if last else rule.leave(layer, view, carry)).cpu()
         leaving = leave.nonzero().squeeze(1)
         if len(leaving):
             left += [order[rows[row]] for row in leaving.tolist()]
-            logits.append(view.logits[leaving.to(view.device)].float().cpu())
+            answer = getattr(rule, "answer", None)  # a rule may answer otherwise than the exit does
+            said = view.logits if answer is None else answer(layer, view, carry)
+            logits.append(said[leaving.to(view.device)].float().cpu())
         if len(leaving) < len(rows):
             staying = (~leave).nonzero().squeeze(1)
             if len(leaving) or part.length > int(part.lengths.max()):

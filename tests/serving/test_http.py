@@ -101,6 +101,7 @@ BAD = {
     "large body": (b'{"text": "' + b"a" * 5000 + b'"}', 413, "body_too_large"),
     "unknown point": (b'{"text": "cat", "operating_point": "ful-depth"}', 422, "unknown_operating_point"),
     "both": (b'{"text": "cat", "operating_point": "full-depth", "threshold": 0.5}', 422, "wrong_form"),
+    "no dial": (b'{"text": "cat", "speed": 0.5}', 422, "no_dial"),
     "threshold as text": (b'{"text": "cat", "threshold": "0.5"}', 422, "wrong_form"),
     "threshold too high": (b'{"text": "cat", "threshold": 1.5}', 422, "wrong_form"),
     "not a number": (b'{"text": "cat", "threshold": NaN}', 422, "wrong_form"),
