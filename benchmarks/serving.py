@@ -89,14 +89,22 @@ def sentences() -> list[str]:
     return load_task(TaskConfig(name="docstrings"), 0).splits["test"].texts
 
 
-def mixed_texts(count: int, seed: int) -> list[str]:
-    """Texts of mixed lengths: half of them one sentence, the others two, four or eight."""
+def mixed_requests(count: int, seed: int, sizes: list[int]) -> list[list[str]]:
+    """Requests of mixed sizes with texts of mixed lengths: half of them one sentence, the others two, four or eight."""
     rng, known = random.Random(seed), sentences()
-    return [" ".join(rng.choices(known, k=rng.choices((1, 2, 4, 8), (4, 2, 1, 1))[0])) for _ in range(count)]
+    return [
+        [" ".join(rng.choices(known, k=rng.choices((1, 2, 4, 8), (4, 2, 1, 1))[0])) for _ in range(rng.choice(sizes))]
+        for _ in range(count)
+    ]
 
 
 async def poisson(
-    address: str, rate: float, seconds: float, seed: int, extra: dict[str, Any] | None = None
+    address: str,
+    rate: float,
+    seconds: float,
+    seed: int,
+    extra: dict[str, Any] | None = None,
+    sizes: list[int] | None = None,
 ) -> dict[str, Any]:
     """Open loop: requests come when a Poisson process says so, whatever the server does with those before.
 
@@ -105,7 +113,7 @@ async def poisson(
     rng = np.random.default_rng(seed)
     due = np.cumsum(rng.exponential(1 / rate, int(rate * seconds * 1.2) + 20))
     due = due[due < seconds]
-    texts = mixed_texts(len(due), seed)
+    requests = mixed_requests(len(due), seed, sizes or [1])
     took: list[float] = []
     layers: list[int] = []
     faults: Counter[str] = Counter()
@@ -113,24 +121,25 @@ async def poisson(
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(120)) as session:
         started = time.perf_counter()
 
-        async def ask(at: float, text: str) -> None:
+        async def ask(at: float, texts: list[str]) -> None:
             try:
-                async with session.post(f"{address}/v1/predict", json={"text": text, **(extra or {})}) as response:
+                body = {"texts": texts, **(extra or {})}
+                async with session.post(f"{address}/v1/predict/batch", json=body) as response:
                     found = await response.json()
                     if response.status != 200:
                         faults[str(response.status)] += 1
                         return
                 took.append(time.perf_counter() - started - at)
-                layers.append(found["exit_layer"])
+                layers.extend(answer["exit_layer"] for answer in found["predictions"])
             except (aiohttp.ClientError, TimeoutError) as error:
                 faults[type(error).__name__] += 1
 
         tasks = []
-        for at, text in zip(due.tolist(), texts, strict=True):
+        for at, texts in zip(due.tolist(), requests, strict=True):
             wait = at - (time.perf_counter() - started)
             if wait > 0:
                 await asyncio.sleep(wait)
-            tasks.append(asyncio.create_task(ask(at, text)))
+            tasks.append(asyncio.create_task(ask(at, texts)))
         await asyncio.gather(*tasks)
         wall = time.perf_counter() - started
     quantiles = np.percentile(took, [50, 95, 99]) if took else [float("nan")] * 3
@@ -140,6 +149,7 @@ async def poisson(
         "answered": len(took),
         "faults": dict(faults),
         "answered_per_s": len(took) / wall,
+        "texts_per_s": len(layers) / wall,
         "p50_ms": 1000 * float(quantiles[0]),
         "p95_ms": 1000 * float(quantiles[1]),
         "p99_ms": 1000 * float(quantiles[2]),
@@ -161,18 +171,18 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
             "full_depth": (plain.address, {"operating_point": "full-depth"}),
         }
         for address, extra in kinds.values():
-            asyncio.run(poisson(address, 10, 2, 99, extra))  # warm
+            asyncio.run(poisson(address, 10, 2, 99, extra, args.sizes))  # warm
         over: set[str] = set()
         for rate in args.rates:
             for kind, (address, extra) in kinds.items():
                 if kind in over:
                     continue
-                found = asyncio.run(poisson(address, rate, args.seconds, int(rate), extra))
+                found = asyncio.run(poisson(address, rate, args.seconds, int(rate), extra, args.sizes))
                 rows.setdefault(kind, []).append(found)
                 print(kind, json.dumps(found), file=sys.stderr)
                 if found["p95_ms"] > args.most_p95_ms:
                     over.add(kind)
-    limits = [50, 100, 150, 200, 300, 500]
+    limits = [150, 200, 300, 500, 1000]
     at_equal = {str(limit): {kind: sustained(found, limit) for kind, found in rows.items()} for limit in limits}
     ratios = {
         limit: found["pooled"] / found["plain"] if found["pooled"] and found["plain"] else None
@@ -180,6 +190,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "settings": {kind: words for kind, (words, _) in variants.items()},
+        "texts_per_request": args.sizes,
         "rows": rows,
         "throughput_at_p95_ms": at_equal,
         "pooled_vs_plain": ratios,
@@ -374,10 +385,11 @@ def main() -> None:
         sub.add_argument("model")
         sub.add_argument("--seconds", type=float, default=10.0 if name == "load" else 40.0)
         sub.add_argument("--rate", type=float, default=20.0)
-        sub.add_argument("--rates", type=float, nargs="+", default=[20, 40, 60, 80, 100, 120, 140, 160, 200])
-        sub.add_argument("--most-p95-ms", type=float, default=1000.0)
+        sub.add_argument("--rates", type=float, nargs="+", default=[5, 10, 15, 20, 25, 30, 40])
+        sub.add_argument("--most-p95-ms", type=float, default=1500.0)
         sub.add_argument("--batch-size", type=int, default=32)
         sub.add_argument("--plain-batch-size", type=int, default=8)
+        sub.add_argument("--sizes", type=int, nargs="+", default=[1, 1, 2, 4, 8], help="Texts per request, drawn.")
         sub.add_argument("--replicas", type=int, default=2)
         sub.add_argument("--kills", type=int, default=2)
         sub.add_argument("--minutes", type=float, default=10.0)

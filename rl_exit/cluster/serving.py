@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,11 @@ NAME = "rl-exit"
 GIVEN_UP = 8  # replicas that may die under one request before it is refused
 FIRST_WAIT = 0.05  # seconds before a request is given to another replica; doubles with every further death
 DRAIN = 30.0  # seconds that open requests are waited for at the end
+
+QUIET = {"log_level": "ERROR", "enable_access_log": False}
+
+# What makes Serve cheaper for replicas whose code never blocks its event loop, as ours: one loop in place of three.
+SERVE_SETTINGS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 
 Batching = Literal["pooled", "plain"]
 
@@ -89,6 +95,7 @@ class ModelReplica:
         from rl_exit.serving.service import ModelService
 
         torch.set_num_threads(options.threads)
+        sys.setswitchinterval(0.0005)  # the model's thread and the event loop take turns more often than every 5 ms
         model = EarlyExitModel.from_pretrained(options.model).eval()
         self._options = options
         self._service = ModelService(model, measure_rules(model, options.batch_size, options.deadline))
@@ -229,7 +236,8 @@ def application(options: ServeOptions, info: ModelInfo) -> Any:
         max_ongoing_requests=most,
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=DRAIN,
-        ray_actor_options={"num_cpus": 1},
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": SERVE_SETTINGS}},
+        logging_config=QUIET,
     ).bind(options)
     front = serve.deployment(
         serve.ingress(_Delegate())(HttpFront),
@@ -237,7 +245,8 @@ def application(options: ServeOptions, info: ModelInfo) -> Any:
         num_replicas=1,
         max_ongoing_requests=most,
         graceful_shutdown_timeout_s=DRAIN,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": SERVE_SETTINGS}},
+        logging_config=QUIET,
     )
     return front.bind(model, info, options.limits)
 
@@ -264,7 +273,7 @@ def serve_model(options: ServeOptions, ready: Callable[[str], None], stop: threa
     with _session(options), _signals(stop):
         serve.start(
             http_options={"host": options.host, "port": options.port},
-            logging_config={"log_level": "ERROR", "enable_access_log": False},
+            logging_config=QUIET,
         )
         try:
             handle = serve.run(application(options, info), name=NAME, route_prefix="/")

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rl_exit import __version__
-from rl_exit.errors import UserError
+from rl_exit.errors import ConfigError, DataError
 from rl_exit.pages import asset
 from rl_exit.serving.metrics import Metrics
 from rl_exit.serving.schema import (
@@ -139,7 +139,7 @@ class Front:
             return await asyncio.wait_for(work, self.limits.timeout)
         except TimeoutError:
             raise Refusal(504, "timeout", f"no answer within {self.limits.timeout:g} seconds") from None
-        except UserError as error:
+        except (ConfigError, DataError) as error:
             raise Refusal(422, "refused", str(error)) from None
         finally:
             self._texts_inside -= count
@@ -207,6 +207,7 @@ def build_app(front: Front) -> FastAPI:
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _other)
+    app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(404, _other)
     app.add_exception_handler(405, _other)
     app.openapi = lambda: _schema(app, front.limits)  # type: ignore[method-assign]
@@ -263,6 +264,11 @@ async def _other(request: Request, error: Exception) -> Response:
     return _problem(
         status, Problem(error=WORDS.get(status, "refused"), message=str(getattr(error, "detail", "refused")))
     )
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Our own fault; what exactly is in the log, not in the answer."""
+    return _problem(500, Problem(error="internal", message="the server failed at this request"))
 
 
 def _schema(app: FastAPI, limits: Limits) -> dict[str, Any]:

@@ -256,3 +256,14 @@ def test_plain_batching_gives_the_same_answers(service: ModelService) -> None:
 def test_limits_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_texts = 0"):
         Limits(max_texts=0)
+
+
+def test_a_failure_of_the_model_is_a_500_with_a_message_and_no_details(front: Front) -> None:
+    class Broken:
+        async def answer(self, *words: Any) -> Any:
+            raise ZeroDivisionError("secret")
+
+    front.backend = Broken()  # type: ignore[assignment]
+    with TestClient(build_app(front), raise_server_exceptions=False) as client:
+        failed = client.post("/v1/predict", json={"text": "cat"})
+    assert failed.status_code == 500 and failed.json()["error"] == "internal" and "secret" not in failed.text
