@@ -254,6 +254,74 @@ def overhead(results: dict[str, Any]) -> str:
     )
 
 
+SERVED = {"pooled": "pooled", "plain": "plain batching", "full_depth": "full depth, plain batching"}
+
+
+def serving(results: dict[str, Any]) -> str:
+    """Latency by load, and throughput at equal p95."""
+    rows = [
+        [
+            SERVED[kind],
+            f"{row['offered_per_s']:g}",
+            f"{row['answered_per_s']:.1f}",
+            f"{row['texts_per_s']:.0f}",
+            *(f"{row[key]:.0f}" for key in ("p50_ms", "p95_ms", "p99_ms")),
+        ]
+        for kind, found in results["rows"].items()
+        for row in found
+    ]
+    load = markdown_table(["", "offered per s", "answered per s", "texts per s", "p50 ms", "p95 ms", "p99 ms"], rows)
+    bounds = [
+        [
+            f"{limit} ms",
+            *("-" if found.get(kind) is None else f"{found[kind]:.1f}" for kind in SERVED),
+            "-" if ratio is None else f"{ratio:.2f}",
+        ]
+        for (limit, found), ratio in zip(
+            results["throughput_at_p95_ms"].items(), results["pooled_vs_plain"].values(), strict=True
+        )
+    ]
+    equal = markdown_table(["p95 at most", *(f"{name}, per s" for name in SERVED.values()), "pooled / plain"], bounds)
+    machine, versions = results["machine"], results["versions"]
+    origin = (
+        f"`{results['command']}` of {results['date'][:10]}: {machine['cpu']}, {machine['cores']} cores, torch "
+        f"{versions['torch']}, Ray {versions['ray']}; load average at the end {machine['load_average_at_end']:.1f}.\n"
+    )
+    return f"{origin}\n{load}\n{equal}"
+
+
+def trials(results: dict[str, dict[str, Any]]) -> str:
+    """What the server went through: a killed replica, a long load, random requests."""
+    lines = []
+    for name in ("chaos", "soak", "fuzz"):
+        found = results.get(f"serving-{name}")
+        if found is None:
+            lines.append(f"- {name}: not recorded yet.\n")
+            continue
+        if name == "chaos":
+            said = (
+                f"{found['killed']} of {found['replicas']} replicas killed in turn under {found['offered_per_s']:g} "
+                f"requests a second: {found['requests']} requests, {found['lost']} lost, "
+                f"{found['given_to_another_replica']:.0f} given to another replica; p95 {found['p95_ms']:.0f} ms"
+            )
+        elif name == "soak":
+            growth = ", ".join(f"{k} {v:+.1f} MB" for k, v in found["growth_mb_second_half_over_first"].items())
+            said = (
+                f"{found['minutes']:g} minutes of {found['offered_per_s']:g} requests a second: "
+                f"{found['answered']} of {found['requests']} answered; resident memory, median of the second half "
+                f"against that of the first: {growth}"
+            )
+        else:
+            statuses = ", ".join(f"{status}: {count}" for status, count in found["statuses"].items())
+            said = (
+                f"{found['requests']} random requests: {found['server_errors']} answered with 5xx, "
+                f"{found['undeclared_or_without_message']} with a status that the schema does not declare or without a "
+                f"message ({statuses})"
+            )
+        lines.append(f"- {said} (`{found['command']}`, {found['date'][:10]}).\n")
+    return "".join(lines)
+
+
 # Marker -> (results file, table); of a name with a star, the table of all the files by name.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sampling": ("sampling", sampling),
@@ -265,6 +333,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "chaos": ("chaos", chaos),
     "scaling": ("scaling", scaling),
     "overhead": ("overhead", overhead),
+    "serving": ("serving-load", serving),
+    "trials": ("serving-*", trials),
 }
 # Image -> (results file, drawing).
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

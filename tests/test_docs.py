@@ -19,7 +19,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 # Commands that set up a machine; `make` targets are checked against the Makefile instead of being run.
+# A server runs until it is ended: tests/cluster/test_serving.py has it and its requests.
 SETUP = ("pip install", "git clone", "cd ", "python -m venv", "source ", "ray start", "ray stop")
+SETUP += ("rl-exit serve", "curl ")
 TINY = [
     "model.policy_width=8",
     "init.epochs=1",
