@@ -28,11 +28,13 @@ def train(
 
     config = load_config(*split_words(words))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rl_exit.cluster.reach import check_reach
     from rl_exit.cluster.session import ray_session
     from rl_exit.progress import Silent, Terminal
     from rl_exit.trainers.alternation import train as run
 
     with ray_session(config):
+        check_reach(config)
         results = run(config, Silent() if quiet else Terminal(), resume=resume, overwrite=overwrite)
     _show_results(results, config.run_dir, as_json)
 

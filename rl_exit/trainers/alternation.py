@@ -122,14 +122,25 @@ class _Alternation:
                 f"round {number}: dev {100 * outcome['score']:.2f} at mean exit layer {outcome['mean_exit_layer']:.2f} "
                 f"(full depth {100 * outcome['reference']:.2f})"
             )
+            self._retain(number, chosen["round"])
             if number == last or number - chosen["round"] >= self.config.alternation.patience:
                 break
             self.run.run_step(f"round-{number}-task", partial(self._task, number), "task", number)
             model = folder / "trained"
         self.run.run_step("final", lambda log: finish(self.run, self.display, chosen), "final")
-        self.run.run_step("report", lambda log: self._report(chosen["round"]), "report")
+        self.run.run_step("report", lambda log: self._report(chosen["round"], log), "report")
 
-    def _report(self, best: int) -> dict[str, Any]:
+    def _retain(self, number: int, best: int) -> None:
+        """Drop what earlier rounds leave and nothing reads any more: by far the most of a run's space."""
+        for earlier in range(1, number):
+            shutil.rmtree(self._round(earlier) / "trained", ignore_errors=True)
+            if self.config.keep_rounds != "all" and earlier != best:
+                shutil.rmtree(self._round(earlier) / "store-train", ignore_errors=True)
+                shutil.rmtree(self._round(earlier) / "store-dev", ignore_errors=True)
+
+    def _report(self, best: int, log: MetricLog) -> dict[str, Any]:
+        if not (self._round(best) / "store-train").is_dir():  # a later round had seemed better
+            self._store(best, self._round(best) / "model", log)
         self.run.gather_metrics()
         write_report(self.run.path)
         self._tidy(best)
@@ -308,6 +319,7 @@ class _Alternation:
                 if done % max(1, total // 200) == 0 or done == total:
                     log.log(done, epoch, values)
                 last.update(values)
+                self.run.keep(checkpoint=True)
 
             train_exits(job, on_update, c.task_step.num_workers, c.task_step.use_gpu)
         shutil.rmtree(job.checkpoint, ignore_errors=True)
