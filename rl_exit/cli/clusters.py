@@ -199,3 +199,63 @@ def _show(job: Any) -> None:
     for label, value in (("run", job.run), ("place", job.place), ("message", job.message)):
         if value:
             typer.echo(f"{label}: {value}")
+
+
+@app.command(epilog="Example: `rl-exit manifest rayjob configs/default.yaml storage_path=s3://bucket/runs`")
+@told
+def manifest(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="rayjob, raycluster, ray-up, slurm or dockerfile.")],
+    words: Words = None,
+    image: Annotated[str, typer.Option("--image", help="Container image with rl-exit; default: rl-exit:VERSION.")] = "",
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="Worker nodes; default: as the run's actors need.")
+    ] = None,
+    worker_cpus: Annotated[int, typer.Option("--worker-cpus", min=1, help="CPUs of a worker node.")] = 4,
+    worker_memory: Annotated[int, typer.Option("--worker-memory", metavar="GIB", min=1, help="Its memory.")] = 16,
+    worker_gpus: Annotated[
+        int | None, typer.Option("--worker-gpus", min=0, help="Its GPUs; default: 1 where the run uses any.")
+    ] = None,
+    head_cpus: Annotated[int, typer.Option("--head-cpus", min=1, help="CPUs of the head node.")] = 4,
+    head_memory: Annotated[int, typer.Option("--head-memory", metavar="GIB", min=1, help="Its memory.")] = 16,
+    claim: Annotated[
+        str | None, typer.Option("--claim", help="Kubernetes volume claim to be mounted at storage_path.")
+    ] = None,
+    hosts: Annotated[str, typer.Option("--hosts", metavar="H1,H2", help="ray-up: own machines, the head first.")] = "",
+    ssh_user: Annotated[str, typer.Option("--ssh-user", help="ray-up: user on the machines.")] = "ubuntu",
+    region: Annotated[str, typer.Option("--region", help="ray-up: AWS region.")] = "us-west-2",
+    head_instance: Annotated[str, typer.Option("--head-instance", help="ray-up: AWS type of the head.")] = "m6i.xlarge",
+    worker_instance: Annotated[
+        str, typer.Option("--worker-instance", help="ray-up: AWS type of a worker.")
+    ] = "m6i.xlarge",
+    partition: Annotated[str | None, typer.Option("--partition", help="slurm: partition.")] = None,
+    time_limit: Annotated[str, typer.Option("--time", help="slurm: time limit.")] = "24:00:00",
+    output: Annotated[Path | None, typer.Option("--output", help="File to write; default: print it.")] = None,
+) -> None:
+    """Write a KubeRay, ray up, Slurm or Docker file for a run."""
+    from rl_exit.cluster.manifest import Machines, render
+    from rl_exit.config import load_config
+    from rl_exit.files import write_text
+
+    machines = Machines(
+        image=image,
+        workers=workers,
+        worker_cpus=worker_cpus,
+        worker_memory=worker_memory,
+        worker_gpus=worker_gpus,
+        head_cpus=head_cpus,
+        head_memory=head_memory,
+        claim=claim,
+        hosts=tuple(host for host in hosts.split(",") if host),
+        ssh_user=ssh_user,
+        region=region,
+        head_instance=head_instance,
+        worker_instance=worker_instance,
+        partition=partition,
+        time=time_limit,
+    )
+    text = render(kind, load_config(*split_words(words)), machines)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_text(output, text)
+        typer.echo(str(output))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import socket
@@ -31,6 +32,7 @@ def connect(target: Target, *, any_version: bool = True) -> Any:
     """
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
     if target.is_http:
         about = _ask(target, "/api/version")
         if "ray_version" not in about:
