@@ -1,4 +1,4 @@
-"""Commands for a cluster: submit, jobs."""
+"""Commands for a cluster: submit, jobs, runs, manifest."""
 
 from __future__ import annotations
 
@@ -199,6 +199,44 @@ def _show(job: Any) -> None:
     for label, value in (("run", job.run), ("place", job.place), ("message", job.message)):
         if value:
             typer.echo(f"{label}: {value}")
+
+
+@app.command(epilog="Example: `rl-exit runs --storage s3://bucket/runs --address http://127.0.0.1:8265`")
+@told
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Folder of run directories.")] = Path("runs"),
+    storage: Annotated[
+        list[str] | None, typer.Option("--storage", metavar="URL", help="Also the runs kept there (storage_path).")
+    ] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Runs here, in a storage and on a cluster, with state and result."""
+    from dataclasses import asdict
+
+    from rl_exit.cluster.address import ENV_KEYS, find_target
+    from rl_exit.cluster.jobs import Jobs
+    from rl_exit.cluster.runs import local_runs, stored_runs, with_jobs
+    from rl_exit.cluster.tables import runs_table
+    from rl_exit.errors import UserError
+
+    found = list(local_runs(folder))
+    for url in storage or []:
+        found += stored_runs(url)
+    if address or any(os.environ.get(key) for key in ENV_KEYS):
+        try:
+            target = find_target(address)
+            found = with_jobs(found, Jobs(target).list(), target.url)
+        except UserError as error:
+            if address:
+                raise
+            typer.echo(f"without the jobs of the cluster: {error}", err=True)
+    if as_json:
+        print_json([asdict(run) for run in found])
+    elif not found:
+        typer.echo(f"no runs in {folder}")
+    else:
+        print_table(runs_table(found))
 
 
 @app.command(epilog="Example: `rl-exit manifest rayjob configs/default.yaml storage_path=s3://bucket/runs`")

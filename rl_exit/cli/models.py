@@ -37,6 +37,8 @@ def train(
         check_reach(config)
         results = run(config, Silent() if quiet else Terminal(), resume=resume, overwrite=overwrite)
     _show_results(results, config.run_dir, as_json)
+    if config.storage_path is not None and not as_json:
+        typer.echo(f"kept in: {config.storage_path.rstrip('/')}/{config.run_name}")
 
 
 def _show_results(results: dict[str, Any], run_dir: Path, as_json: bool) -> None:

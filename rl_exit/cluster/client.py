@@ -32,7 +32,8 @@ def connect(target: Target, *, any_version: bool = True) -> Any:
     """
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+    for name in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     if target.is_http:
         about = _ask(target, "/api/version")
         if "ray_version" not in about:

@@ -12,7 +12,14 @@ from rich.text import Text
 
 from rl_exit.progress import clock
 
-_STYLES = {"SUCCEEDED": "green", "finished": "green", "FAILED": "red", "failed": "red", "RUNNING": "bold"}
+_STYLES = {
+    "SUCCEEDED": "green",
+    "finished": "green",
+    "FAILED": "red",
+    "failed": "red",
+    "RUNNING": "bold",
+    "running": "bold",
+}
 
 
 def jobs_table(jobs: Iterable[Any]) -> Table:
@@ -26,6 +33,27 @@ def jobs_table(jobs: Iterable[Any]) -> Table:
             _when(job.started),
             clock(job.seconds) if job.seconds is not None else "",
             Text(job.message[:120]),
+        )
+    return table
+
+
+def runs_table(runs: Iterable[Any]) -> Table:
+    """One row per :class:`rl_exit.cluster.runs.Run`."""
+    table = _table("runs", "run", "state", "last step", "started", "score", "full depth", "saved layers", "place")
+    for run in runs:
+        found = run.result or {}
+        shown = [
+            f"{100 * found[key]:.2f}" if found.get(key) is not None else "" for key in ("score", "full_depth_score")
+        ]
+        saved = found.get("saved_layers")
+        table.add_row(
+            Text(run.name, style="bold"),
+            Text(run.state, style=_STYLES.get(run.state, "")),
+            run.step or "",
+            _when(run.started),
+            *shown,
+            f"{100 * saved:.1f} %" if saved is not None else "",
+            run.place + (f" (job {run.job})" if run.job else ""),
         )
     return table
 
