@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 
-.PHONY: run test test-fast test-ray check format wheel clean help
+.PHONY: run test test-fast test-ray check chaos format wheel clean help
 
 help:
 	@echo "make run     train on the built-in task and show what early exit saves (about 5 minutes, runs/docstrings)"
@@ -30,6 +30,10 @@ test-fast: $(STAMP)
 
 test-ray: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ray
+
+# Kills every part of a distributed run in every phase, 5 times each; goes on with what the result file lacks.
+chaos: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -39,6 +39,11 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny backbone."""
+    return write_tiny_backbone(tmp_path_factory.mktemp("backbone") / "tiny-bert")
+
+
+def write_tiny_backbone(folder: Path) -> Path:
     """A BERT of 3 layers, H=32, random weights, with a word-level tokenizer of the tiny task's words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -62,7 +67,6 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=64,
         max_position_embeddings=128,
     )
-    folder = tmp_path_factory.mktemp("backbone") / "tiny-bert"
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

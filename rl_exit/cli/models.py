@@ -33,9 +33,12 @@ def train(
     from rl_exit.progress import Silent, Terminal
     from rl_exit.trainers.alternation import train as run
 
-    with ray_session(config):
+    with ray_session(config) as plan:
         check_reach(config)
-        results = run(config, Silent() if quiet else Terminal(), resume=resume, overwrite=overwrite)
+        display = Silent() if quiet else Terminal()
+        if plan.phases:
+            display.say(plan.describe())
+        results = run(config, display, resume=resume, overwrite=overwrite, kept=plan.kept)
     _show_results(results, config.run_dir, as_json)
     if config.storage_path is not None and not as_json:
         typer.echo(f"kept in: {config.storage_path.rstrip('/')}/{config.run_name}")

@@ -143,7 +143,7 @@ class Mirror:
         return sent
 
     def _moving(self, before: dict[str, _Seen]) -> bool:
-        parts = ((self.folder / name, seen) for name, seen in before.items() if "/checkpoint/" in name)
+        parts = ((self.folder / name, seen) for name, seen in before.items() if _is_checkpoint(name))
         return any(not path.exists() or _Seen.of(path) != seen for path, seen in parts)
 
     def _write_manifest(self, files: dict[str, dict[str, Any]]) -> None:
@@ -168,7 +168,7 @@ class Mirror:
         mine = {name for name, _ in self._walk() if name.startswith("steps/")}
         if not steps <= mine or any(_sha256(self.folder / name) != files[name]["sha256"] for name in steps):
             return False
-        return steps < mine or all((self.folder / name).is_file() for name in files if "/checkpoint/" not in name)
+        return steps < mine or all((self.folder / name).is_file() for name in files if not _is_checkpoint(name))
 
     def _remember(self, files: dict[str, Any]) -> None:
         """Know what need not be uploaded again."""
@@ -185,6 +185,11 @@ class Mirror:
                 if not name.startswith("."):
                     path = Path(root) / name
                     yield path.relative_to(self.folder).as_posix(), path
+
+
+def _is_checkpoint(name: str) -> bool:
+    """Whether a file is of a checkpoint, whose files belong together."""
+    return any(part.endswith("checkpoint") for part in name.split("/")[:-1])
 
 
 def _is_inside(name: str) -> bool:

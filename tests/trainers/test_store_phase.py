@@ -296,7 +296,9 @@ class TestWorkers:
         assert ray.get(occupant.here.remote(), timeout=60)
         monkeypatch.setattr(store_workers, "START_SECONDS", 1.0)
         started = time.monotonic()
-        with pytest.raises(RunError, match=r"no worker .* the cluster has 2 CPUs, 0 of them free"):
+        with pytest.raises(
+            RunError, match=r"no room for 1 CPU within 1 s .* the cluster has 2 CPUs, of which 0 are free"
+        ):
             build(desk, tmp_path / "store", 1)
         assert time.monotonic() - started < 30
         ray.kill(occupant)
