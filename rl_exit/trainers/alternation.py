@@ -226,6 +226,7 @@ class _Alternation:
             seed=derive_seed(c.seed, "init"),
             options=objective_options(c.init),
             visits=str(folder / "forgetting.arrow"),
+            exchange=self.run.exchange(),
         )
         return self._train_exits(job, "initialisation", log)
 
@@ -335,6 +336,7 @@ class _Alternation:
             lora=LoraSettings(**c.task_step.lora.model_dump()),
             seed=derive_seed(c.seed, "task", number),
             options=objective_options(c.task_step),
+            exchange=self.run.exchange(),
         )
         return self._train_exits(job, f"round {number}: task step", log)
 

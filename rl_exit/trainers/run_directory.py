@@ -245,6 +245,12 @@ class RunDirectory:
         self.keep()
         return results
 
+    def exchange(self) -> dict[str, str] | None:
+        """Where workers find and leave files that do not see this directory (:mod:`rl_exit.trainers.staging`)."""
+        if self.mirror is None:
+            return None
+        return {"root": str(self.path.absolute()), "url": self.mirror.storage.url}
+
     def keep(self, checkpoint: bool = False) -> None:
         """Bring the run's storage up to date, where it has one.
 
