@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import rl_exit
+from rl_exit.cluster.plan import make_plan
 from rl_exit.config import RunConfig, dump_config
 from rl_exit.errors import UserError, nearest
 
@@ -93,26 +94,17 @@ def render(kind: str, config: RunConfig, machines: Machines) -> str:
 
 
 def needed_workers(config: RunConfig, machines: Machines) -> int:
-    """Worker nodes for the phase that holds most; 0 where the run's own process does everything."""
+    """Worker nodes for the run's plan; 0 where its own process does everything."""
     if machines.workers is not None:
         return machines.workers
-    cpus = max(
-        config.sampling.num_env_runners + config.learners.num_learners,
-        config.task_step.num_workers,
-        config.store.num_workers,
-    )
-    by_gpu = math.ceil(_actor_gpus(config) / (machines.worker_gpus or 1))
-    return max(math.ceil(cpus / machines.worker_cpus), by_gpu)
-
-
-def _actor_gpus(config: RunConfig) -> int:
-    step, learners = config.task_step, config.learners
-    return max(step.num_workers if step.use_gpu else 0, learners.num_learners if learners.use_gpu else 0)
+    plan = make_plan(config, None)
+    by_gpu = math.ceil(plan.needs("GPU") / (machines.worker_gpus or 1))
+    return max(math.ceil(plan.needs("CPU") / machines.worker_cpus), by_gpu)
 
 
 def _values(kind: str, config: RunConfig, machines: Machines) -> dict[str, Any]:
     workers = needed_workers(config, machines)
-    gpus = _actor_gpus(config)
+    gpus = make_plan(config, None).needs("GPU")
     worker_gpus = machines.worker_gpus if machines.worker_gpus is not None else int(gpus > 0)
     own_gpu = config.task_step.use_gpu and config.task_step.num_workers == 0
     there = config.model_copy(update={"cluster": "auto", "name": config.run_name})

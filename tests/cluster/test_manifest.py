@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from kuberay_schema import SCHEMAS
 
 import rl_exit
 from rl_exit.cluster.manifest import KINDS, Machines, needed_workers, render
+from rl_exit.cluster.plan import Node, make_plan
 from rl_exit.config import RunConfig, load_config, parse_config
 from rl_exit.errors import UserError
 
@@ -145,6 +147,26 @@ def test_how_many_workers() -> None:
     assert needed("task_step.num_workers=4", "task_step.use_gpu=true", worker_cpus=16) == 4
     assert needed("task_step.num_workers=4", "task_step.use_gpu=true", worker_cpus=16, worker_gpus=4) == 1
     assert needed("sampling.num_env_runners=6", workers=9) == 9
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_run_fits_the_machines_that_are_written_for_it(seed: int) -> None:
+    draw = random.Random(seed)
+    words = [
+        f"sampling.num_env_runners={draw.randint(0, 20)}",
+        f"learners.num_learners={draw.randint(0, 4)}",
+        f"store.num_workers={draw.randint(0, 9)}",
+        f"task_step.num_workers={draw.randint(0, 5)}",
+        f"task_step.use_gpu={draw.choice(['true', 'false'])}",
+    ]
+    config = load_config(None, [*WORDS, *words])
+    (found,) = documents("raycluster", *words, machines=Machines(worker_cpus=draw.randint(1, 8)))
+    nodes = []
+    for group in found["spec"].get("workerGroupSpecs", []):
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        node = Node(float(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0)))
+        nodes += [node] * group["replicas"]
+    make_plan(config, nodes)  # raises if it does not fit
 
 
 @pytest.mark.parametrize(
