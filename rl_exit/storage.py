@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -189,15 +188,19 @@ class Storage:
 
     def folders(self) -> list[str]:
         """Names of the folders in this one."""
+        return self._patiently("list it", lambda: self._names("directory"))
 
-        def names() -> list[str]:
-            self._fs.invalidate_cache()
-            if not self._fs.exists(self._root):
-                return []
-            items = self._fs.ls(self._root, detail=True)
-            return sorted(item["name"].rstrip("/").rpartition("/")[2] for item in items if item["type"] == "directory")
+    def files(self) -> list[str]:
+        """Names of the files in this folder itself."""
+        return self._patiently("list it", lambda: self._names("file"))
 
-        return self._patiently("list it", names)
+    def _names(self, kind: str) -> list[str]:
+        self._fs.invalidate_cache()
+        if not self._fs.exists(self._root):
+            return []
+        items = self._fs.ls(self._root, detail=True)
+        names = (item["name"].rstrip("/").rpartition("/")[2] for item in items if item["type"] == kind)
+        return sorted(name for name in names if name != MARK)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -279,8 +282,3 @@ def _copy(given: BinaryIO, out: BinaryIO) -> tuple[int, str]:
 def _first_line(error: BaseException) -> str:
     words = str(error).strip().splitlines()
     return words[0][:200] if words else type(error).__name__
-
-
-def clear(folder: Path) -> None:
-    """Remove a folder here, whatever is in it."""
-    shutil.rmtree(folder, ignore_errors=True)

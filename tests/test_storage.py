@@ -37,7 +37,8 @@ def test_files_go_and_come(storage: Storage, tmp_path: Path) -> None:
     storage.write_json("a/about.json", {"x": [1]})
     assert storage.read_json("a/about.json") == {"x": [1]} and storage.exists("a/b/big.bin")
     assert storage.read("none") is None and not storage.exists("a/none") and storage.read_json("none") is None
-    assert storage.folders() == ["a"] and storage.below("a").folders() == ["b"]
+    assert storage.folders() == ["a"] and storage.files() == [] and storage.below("a").files() == ["about.json"]
+    assert storage.below("a").folders() == ["b"]
     assert storage.below("a").read_json("about.json") == {"x": [1]}
     storage.remove("a/b")
     assert not storage.exists("a/b/big.bin") and storage.exists("a/about.json")

@@ -69,10 +69,10 @@ class Mirror:
 
     def discard(self) -> None:
         """Remove what the storage holds of the run, the manifest first."""
-        for name in (MANIFEST, EXCHANGE):
-            self.storage.remove(name)
-        for name in self.storage.folders():
-            self.storage.remove(name)
+        self.storage.remove(MANIFEST)
+        for name in (*self.storage.files(), *self.storage.folders()):
+            if name != OWNER:
+                self.storage.remove(name)
         self._files, self._seen = {}, {}
 
     def pull(self) -> bool:

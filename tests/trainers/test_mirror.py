@@ -125,6 +125,14 @@ def test_a_process_that_was_taken_over_writes_no_more(tmp_path: Path, place: str
     assert "steps/a.json" not in (Storage(place, 0.0).read_json(MANIFEST) or {})["files"]
 
 
+def test_a_run_that_is_replaced_leaves_nothing(tmp_path: Path, place: str) -> None:
+    opened(written(tmp_path / "here", run_json="1", results_json="{}", rounds__1__model="x"), place).push()
+    mirror = opened(tmp_path / "there", place)
+    mirror.discard()
+    assert mirror.storage.files() == ["owner.json"] and not mirror.is_there() and not mirror.pull()
+    assert not mirror.storage.exists("rounds/1/model")
+
+
 def test_a_manifest_that_leads_out_of_the_run_is_refused(tmp_path: Path, place: str) -> None:
     mirror = opened(tmp_path / "here", place)
     mirror.storage.write_json(MANIFEST, {"format": 1, "files": {"../evil": {"size": 1, "sha256": "x"}}})
