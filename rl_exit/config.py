@@ -326,6 +326,11 @@ class RunConfig(Section):
 
     name: str | None = Field(None, description="name of the run directory; default: the task's name")
     output_dir: str = Field("runs", description="folder of run directories")
+    storage_path: str | None = Field(
+        None,
+        description="folder shared by all nodes, or a URL (s3://, gs://, ...), that keeps all a run writes; "
+        "default: output_dir alone",
+    )
     seed: NonNegative = Field(0, description="one seed for everything")
     recipe: Literal["evidence", "paper"] = Field(
         "evidence", description="evidence: the settings found best (docs/recipes.md); paper: ConsistentEE as published"

@@ -28,16 +28,20 @@ def train(
 
     config = load_config(*split_words(words))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rl_exit.cluster.reach import check_reach
     from rl_exit.cluster.session import ray_session
     from rl_exit.progress import Silent, Terminal
     from rl_exit.trainers.alternation import train as run
 
     with ray_session(config) as plan:
+        check_reach(config)
         display = Silent() if quiet else Terminal()
         if plan.phases:
             display.say(plan.describe())
         results = run(config, display, resume=resume, overwrite=overwrite, kept=plan.kept)
     _show_results(results, config.run_dir, as_json)
+    if config.storage_path is not None and not as_json:
+        typer.echo(f"kept in: {config.storage_path.rstrip('/')}/{config.run_name}")
 
 
 def _show_results(results: dict[str, Any], run_dir: Path, as_json: bool) -> None:

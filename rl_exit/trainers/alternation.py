@@ -144,15 +144,26 @@ class _Alternation:
                 f"round {number}: dev {100 * outcome['score']:.2f} at mean exit layer {outcome['mean_exit_layer']:.2f} "
                 f"(full depth {100 * outcome['reference']:.2f})"
             )
+            self._retain(number, chosen["round"])
             if number == last or number - chosen["round"] >= self.config.alternation.patience:
                 break
             self.run.run_step(f"round-{number}-task", partial(self._task, number), "task", number)
             self.display.say(outlook(self.run.seconds(), self.config.alternation.rounds))
             model = folder / "trained"
         self.run.run_step("final", lambda log: finish(self.run, self.display, chosen), "final")
-        self.run.run_step("report", lambda log: self._report(chosen["round"]), "report")
+        self.run.run_step("report", lambda log: self._report(chosen["round"], log), "report")
 
-    def _report(self, best: int) -> dict[str, Any]:
+    def _retain(self, number: int, best: int) -> None:
+        """Drop what earlier rounds leave and nothing reads any more: by far the most of a run's space."""
+        for earlier in range(1, number):
+            shutil.rmtree(self._round(earlier) / "trained", ignore_errors=True)
+            if self.config.keep_rounds != "all" and earlier != best:
+                shutil.rmtree(self._round(earlier) / "store-train", ignore_errors=True)
+                shutil.rmtree(self._round(earlier) / "store-dev", ignore_errors=True)
+
+    def _report(self, best: int, log: MetricLog) -> dict[str, Any]:
+        if not (self._round(best) / "store-train").is_dir():  # a later round had seemed better
+            self._store(best, self._round(best) / "model", log)
         self.run.gather_metrics()
         write_report(self.run.path)
         self._tidy(best)
@@ -220,6 +231,7 @@ class _Alternation:
             seed=derive_seed(c.seed, "init"),
             options=objective_options(c.init),
             visits=str(folder / "forgetting.arrow"),
+            exchange=self.run.exchange(),
         )
         return self._train_exits(job, "initialisation", log)
 
@@ -268,7 +280,7 @@ class _Alternation:
                 store,
                 {name: value.detach().clone() for name, value in model.policy.state_dict().items()},
                 settings,
-                _policy_reporter(progress, log),
+                _policy_reporter(progress, log, partial(self.run.keep, checkpoint=True)),
                 self._round(number) / "policy-checkpoint",
             )
         for warning in outcome.warnings:
@@ -345,6 +357,7 @@ class _Alternation:
             lora=LoraSettings(**c.task_step.lora.model_dump()),
             seed=derive_seed(c.seed, "task", number),
             options=objective_options(c.task_step),
+            exchange=self.run.exchange(),
         )
         return self._train_exits(job, f"round {number}: task step", log)
 
@@ -360,6 +373,7 @@ class _Alternation:
                 if done % max(1, total // 200) == 0 or done == total:
                     log.log(done, epoch, values)
                 last.update(values)
+                self.run.keep(checkpoint=True)
 
             with self.workers.train() as crew:
                 train_exits(job, on_update, use_gpu=c.task_step.use_gpu, crew=crew)
@@ -455,9 +469,10 @@ def pick_threshold(config: RunConfig, dev: SplitResult, reference: float) -> flo
     return choose_threshold(dev.curve, reference, config.alternation.tolerance)
 
 
-def _policy_reporter(progress: Progress, log: MetricLog) -> Callable[[PolicyProgress], None]:
+def _policy_reporter(progress: Progress, log: MetricLog, keep: Callable[[], None]) -> Callable[[PolicyProgress], None]:
     def report(at: PolicyProgress) -> None:
         progress.update(at.epoch, policy_in_words(at.metrics))
         log.log(at.step, at.epoch, at.metrics)
+        keep()
 
     return report

@@ -6,7 +6,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.lora import add_lora, merge_lora
 from rl_exit.objectives import DRAWS, Objective, ObjectiveOptions, Shape, objective, task_step
 from rl_exit.seeding import derive_seed
+from rl_exit.trainers.staging import at_hand, collect
 from rl_exit.trainers.supervised import OnUpdate, OptimSettings, Rank, fit
 from rl_exit.trainers.train_crew import TrainCrew
 
@@ -53,6 +54,8 @@ class ExitTraining:
         options: Settings of the objective.
         visits: File for the answers of the last exit during training, from which forgetting events are counted; None:
             not kept.
+        exchange: Fields of :class:`~rl_exit.trainers.staging.Exchange`, for workers that do not see these paths; None:
+            all must see them.
     """
 
     model: str
@@ -65,6 +68,7 @@ class ExitTraining:
     seed: int
     options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     visits: str | None = None
+    exchange: Mapping[str, str] | None = None
 
 
 def objective_options(section: OptimConfig) -> ObjectiveOptions:
@@ -94,6 +98,8 @@ def train_exits(
     workers = crew or train_crew(num_workers, use_gpu, Path(job.checkpoint).parent / "train")
     try:
         workers.do(asdict(job) | absolute_paths(job), on_update)
+        paths: dict[str, Any] = dict(absolute_paths(job))
+        collect(replace(job, **paths))
     finally:
         if crew is None:
             workers.stop()
@@ -150,7 +156,8 @@ def _train_as_rank(payload: dict[str, Any], report: OnUpdate, index: int, world:
     def wrap(module: nn.Module) -> nn.Module:
         return ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"find_unused_parameters": True})
 
-    _train(_from_payload(payload), report, Rank(index, world), wrap, ray.train.torch.get_device())
+    with at_hand(_from_payload(payload), report, is_first=index == 0) as (job, tell):
+        _train(job, tell, Rank(index, world), wrap, ray.train.torch.get_device())
 
 
 def _train(
