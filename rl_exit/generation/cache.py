@@ -37,9 +37,10 @@ class Cache:
 
     def __init__(self, num_layers: int, rows: int, capacity: int, key_heads: int, head_size: int, like: Tensor) -> None:
         shape = (rows, capacity, key_heads, head_size)
-        self.keys = [like.new_empty(shape) for _ in range(num_layers)]
-        self.values = [like.new_empty(shape) for _ in range(num_layers)]
-        self.shown = like.new_empty((rows, capacity, like.shape[-1]))
+        # Zeros: what is masked out of attention must be finite still.
+        self.keys = [like.new_zeros(shape) for _ in range(num_layers)]
+        self.values = [like.new_zeros(shape) for _ in range(num_layers)]
+        self.shown = like.new_zeros((rows, capacity, like.shape[-1]))
         self.filled = [[0] * rows for _ in range(num_layers)]
 
     def owed(self, index: int, rows: Sequence[int], starts: Sequence[int]) -> tuple[list[int], list[int]]:

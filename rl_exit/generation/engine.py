@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rl_exit.criteria.base import Criterion, compact
+from rl_exit.criteria.base import Criterion, LayerView, compact
 from rl_exit.generation.cache import Cache, index_tensor
 from rl_exit.models.backbones.blocks import attend, rotary_table, rotate
 
@@ -64,10 +64,12 @@ class Step:
     """What one step gives for S rows.
 
     Attributes:
-        logits: Of the exit at which each token left, [S, V].
-        exits: Number of that exit, 1..E.
+        states: Of the exit at which each token left, [S, H].
+        logits: Of that exit, [S, V].
+        exits: Its number, 1..E.
     """
 
+    states: Tensor
     logits: Tensor
     exits: list[int]
 
@@ -173,7 +175,7 @@ class Engine:
             answers.add(inside, None, model.view(model.num_exits, hidden, progress))
         for row in rows:
             self.lengths[row] += 1
-        return Step(answers.logits(), exits)
+        return answers.step(exits)
 
     def cut(self, row: int, length: int) -> None:
         """Go back to the first `length` tokens of a row, all of which ran at full depth."""
@@ -224,30 +226,33 @@ class _Answers:
         self.device = device
         self.places: list[int] = []
         self.states: list[Tensor] = []
-        self.known_places: list[int] = []
-        self.known: list[Tensor] = []
+        self.logits: list[Tensor | None] = []
 
-    def add(self, places: list[int], which: Tensor | None, view: object) -> None:
+    def add(self, places: list[int], which: Tensor | None, view: LayerView) -> None:
         """Keep the tokens `which` of a view (None: all); logits that a criterion has read are not computed again."""
         read = vars(view).get("logits")
-        if read is not None:
-            self.known_places += places
-            self.known.append(read if which is None else read[which])
-            return
-        state = view.state  # type: ignore[attr-defined]
         self.places += places
-        self.states.append(state if which is None else state[which])
+        self.states.append(view.state if which is None else view.state[which])
+        self.logits.append(read if read is None or which is None else read[which])
 
-    def logits(self) -> Tensor:
-        """[S, V], in the order of the step."""
-        parts = [*self.known, *([self.model.head(torch.cat(self.states))] if self.states else [])]
-        places = self.known_places + self.places
-        together = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if places == list(range(self.count)):
-            return together
-        out = torch.empty_like(together)
-        out[index_tensor(places, self.device)] = together
-        return out
+    def step(self, exits: list[int]) -> Step:
+        """What was collected, in the order of the step."""
+        states = _joined(self.states)
+        unread = [state for state, logits in zip(self.states, self.logits, strict=True) if logits is None]
+        if len(unread) == len(self.states):
+            logits = self.model.head(states)
+        else:
+            parts = iter(self.model.head(_joined(unread)).split([len(one) for one in unread]) if unread else ())
+            logits = _joined([next(parts) if read is None else read for read in self.logits])
+        if self.places != list(range(self.count)):
+            order = sorted(range(self.count), key=self.places.__getitem__)
+            back = index_tensor(order, self.device)
+            states, logits = states[back], logits[back]
+        return Step(states, logits, exits)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _row_by_row(query: Tensor, keys: Tensor, values: Tensor, flat: Flat, scaling: float, reach: int | None) -> Tensor:

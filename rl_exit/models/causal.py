@@ -455,8 +455,8 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
 
         Returns:
             For texts a list of :class:`rl_exit.generation.api.Generation` (one text: a list of one). For token ids
-            int64 [B, T + N], or with ``return_dict_in_generate=True`` a :class:`~rl_exit.generation.api.GenerationOutput`
-            with the exit layer of every token.
+            int64 [B, T + N], or with ``return_dict_in_generate=True`` a
+            :class:`~rl_exit.generation.api.GenerationOutput` with the exit layer of every token.
 
         Raises:
             UserError: Something other than texts or token ids, or a setting that is not accepted.

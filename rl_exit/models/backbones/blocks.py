@@ -3,8 +3,8 @@ tokens of different rows and positions at once.
 
 :class:`~rl_exit.models.backbones.base.SteppedBackbone` calls a layer as a whole, on whole rows. Generation needs it in
 parts: what a token that left shows to a deeper layer is its keys and values there, and no more of that layer may be
-paid for. All tensors here are flat: N tokens, of any rows, each with its own position. The layers' own modules do the work,
-so adapters (LoRA) act. A test holds these parts equal to the layers.
+paid for. All tensors here are flat: N tokens, of any rows, each with its own position. The layers' own modules do the
+work, so adapters (LoRA) act. A test holds these parts equal to the layers.
 
 Shapes: N tokens, S of them whose layer is run (the last S), H hidden size, D size of a head.
 """
