@@ -180,6 +180,10 @@ class PolicyConfig(Section):
         "answers",
         description="what the policy reads: the exits' answers so far, the hidden state (the paper's), or both",
     )
+    answer: Literal["exit", "pooled"] = Field(
+        "pooled",
+        description="what is answered on leaving: what the exit says (the paper's), or all exits passed, weighted",
+    )
     instances: Literal["held", "all"] = Field(
         "held", description="what the policy learns on where some are held out: those alone, or the whole training set"
     )
@@ -280,6 +284,7 @@ PAPER: dict[str, Any] = {
     "reward": {"name": "hardness", "alpha": 0.05},
     "policy": {
         "inputs": "state",
+        "answer": "exit",
         "shared": False,
         "holdout": 0.0,
         "epochs": 5,

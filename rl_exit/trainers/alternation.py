@@ -31,7 +31,7 @@ from rl_exit.trainers.exit_training import ExitTraining, LoraSettings, objective
 from rl_exit.trainers.finish import finish
 from rl_exit.trainers.initialised import take_initialised
 from rl_exit.trainers.policy_phase import PolicyPhaseSettings, PolicyProgress, train_policy
-from rl_exit.trainers.policy_store import policy_store
+from rl_exit.trainers.policy_store import fitted_pool, policy_store
 from rl_exit.trainers.rllib.registry import check_algorithm
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
 from rl_exit.trainers.store_evaluation import evaluate_store
@@ -150,6 +150,7 @@ class _Alternation:
             policy_width=c.model.policy_width,
             policy_inputs=c.policy.inputs,
             policy_shared=c.policy.shared,
+            policy_answer=c.policy.answer,
             dropout=c.model.dropout,
             max_length=c.model.max_length,
             seed=derive_seed(c.seed, "heads"),
@@ -225,8 +226,12 @@ class _Alternation:
         c = self.config
         model = EarlyExitModel.from_pretrained(model_path)
         settings = policy_settings(c, derive_seed(c.seed, "policy", number))
+        kept = self._round(number) / "store-train"
+        if model.answer_pool is not None:
+            held = Instances.open(self._instances("held")).ids if c.policy.holdout else None
+            model.answer_pool = fitted_pool(StateStore.open(kept), held)
         with (
-            policy_store(self._round(number) / "store-train", c.policy.inputs) as store,
+            policy_store(kept, c.policy.inputs, model.answer_pool) as store,
             self.display.step(f"round {number}: policy ({c.algorithm})", c.policy.epochs) as progress,
         ):
             outcome = train_policy(
@@ -249,7 +254,7 @@ class _Alternation:
         store = StateStore.open(folder / "store-dev")
 
         def at(threshold: float) -> SplitResult:
-            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs)
+            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs, model.answer_pool)
 
         at_half = at(0.5)
         reference = self._reference(number, at_half)
@@ -377,7 +382,7 @@ def hold_out(count: int, share: float, seed: int) -> tuple[npt.NDArray[np.int64]
 
 def policy_settings(config: RunConfig, seed: int) -> PolicyPhaseSettings:
     """The policy phase's plain values out of a configuration."""
-    policy = config.policy.model_dump(exclude={"inputs", "holdout", "instances"})
+    policy = config.policy.model_dump(exclude={"inputs", "answer", "holdout", "instances"})
     return PolicyPhaseSettings(
         algorithm=config.algorithm,
         reward=config.reward.name,
