@@ -194,10 +194,9 @@ class Engine:
             old_row, old = index_tensor(owing, self.device), index_tensor(positions, self.device)
             row, position = torch.cat((old_row, row)), torch.cat((old, position))
             inputs = torch.cat((cache.shown[old_row, old], hidden))
-        spare = self._spare(len(inputs))
+        spare = self._spare(count)
         if spare:
             row, position, inputs = (_repeated(one, spare) for one in (row, position, inputs))
-        spare = self._spare(count)
         query, key, value = self.blocks.project(layer, inputs, count + spare)
         query = query[spare:]
         if self.rotary is not None:

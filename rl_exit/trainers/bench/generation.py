@@ -1,8 +1,8 @@
 """``rl-exit bench generation``: what leaving early is worth by the clock when text is generated.
 
-A decoder of random weights, its cache filled with a random context, writes tokens at full depth and with exit layers that
-are drawn from a fixed distribution, in turn. If a skipped layer cost nothing and a layer's time did not depend on how
-many tokens run through it, tokens per second would grow as the mean exit layer falls; the figure is the share of that
+A decoder of random weights, its cache filled with a random context, writes tokens at full depth and with exit layers
+that are drawn from a fixed distribution, in turn. If a skipped layer cost nothing, and a layer in proportion to the
+tokens that run through it, tokens per second would grow as the mean exit layer falls; the figure is the share of that
 which the clock shows.
 """
 
