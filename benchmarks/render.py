@@ -25,7 +25,7 @@ from rl_exit.comparison.tables import (
     span,
     verdicts,
 )
-from rl_exit.listings import bench_rows
+from rl_exit.listings import GENERATION_HEADER, bench_rows, generation_rows
 from rl_exit.trainers.bench.learning_report import learning_rows, learning_svg
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -322,12 +322,27 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
     return "".join(lines)
 
 
+def clock(results: dict[str, Any]) -> str:
+    """The table of docs/generate.md, with its origin."""
+    machine, versions, model = results["machine"], results["versions"], results["model"]
+    rows = [[*cells, "yes" if met else "no"] for cells, met in generation_rows(results)]
+    origin = (
+        f"`{results['command']}` of {results['date'][:10]}: {model['family']}, {model['num_layers']} layers, hidden "
+        f"{model['hidden_size']}, vocabulary {model['vocab_size']}, {model['dtype']}, random weights, exit layers "
+        f"drawn from a fixed distribution; {machine['cpu']}, one thread, load average at the end "
+        f"{machine['load_average_at_end']:.1f}; torch {versions['torch']}, transformers {versions['transformers']}.\n"
+    )
+    header = [*GENERATION_HEADER, f"at least {results['target']:g}"]
+    return f"{origin}\n{markdown_table(header, rows)}"
+
+
 # Marker -> (results file, table); of a name with a star, the table of all the files by name.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sampling": ("sampling", sampling),
     "default": ("runs", default),
     "tasks": ("runs", tasks),
     "learning": ("learning-stackoverflow", learning),
+    "clock": ("generation-clock", clock),
     "comparisons": ("compare-*", comparisons),
     "ablations": ("ablation-*", ablations),
     "chaos": ("chaos", chaos),

@@ -58,6 +58,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, tiny_tas
     )
     csv = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
     (folder / "tickets.csv").write_text("\n".join(csv) + "\n")
+    _write_decoder(folder / "my-decoder", tiny_backbone)
     (folder / "texts.txt").write_text("the old cat\na new hammer\n")
     tools = folder / "tools"
     tools.mkdir()
@@ -77,6 +78,22 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, tiny_tas
     done = processes.run(command, ["train", "--quiet", *words], cwd=folder, env=env)
     assert done.returncode == 0, done.stderr
     return folder, env
+
+
+def _write_decoder(folder: Path, tokens_of: Path) -> None:
+    """A decoder with exits, of random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rl_exit.models.causal import EarlyExitCausalModel
+    from rl_exit.models.pretrained import find_source, load_tokenizer
+
+    tokenizer = load_tokenizer(find_source(str(tokens_of)))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
+    )
+    EarlyExitCausalModel.from_model(LlamaForCausalLM(config), tokenizer).save_pretrained(folder)
 
 
 def _write(folder: Path, rows: list[dict[str, object]]) -> None:
