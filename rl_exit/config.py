@@ -61,9 +61,29 @@ class TaskConfig(Section):
         0.1, description="share of train cut off as dev where there is none; usual 0.05-0.2"
     )
     metric: Literal["accuracy", "f1", "mcc"] | None = Field(None, description="default: the task's own, else accuracy")
+    kind: Literal["classification", "generation"] | None = Field(
+        None, description="what a decoder does with the texts; default: the task's own, else classification"
+    )
+    template: str | None = Field(
+        None, description="generation: the prompt, with {column} for columns of the data; default: Alpaca's format"
+    )
+    response: str | None = Field(None, description="generation: column of the response; default: the task's own")
+    test_name: str | None = Field(None, description="generation: another task whose texts are tested on, e.g. dolly")
+    test_path: str | None = Field(None, description="generation: folder or file of that task, in place of the hub")
     max_train: Positive | None = Field(None, description="use only so many training instances (trial runs)")
     max_dev: Positive | None = Field(None, description="use only so many dev instances")
     max_test: Positive | None = Field(None, description="use only so many test instances")
+
+
+class ScratchConfig(Section):
+    """The small decoder that model.backbone=scratch makes (generation; Llama's architecture)."""
+
+    layers: Annotated[int, Field(ge=2)] = Field(6, description="layers; usual 4-12")
+    hidden: Annotated[int, Field(ge=8)] = Field(128, description="hidden size, a multiple of 2 x heads; usual 64-768")
+    heads: Positive = Field(4, description="attention heads; usual 4-12")
+    vocabulary: Annotated[int, Field(ge=300)] = Field(
+        1024, description="tokens of the byte-level BPE tokenizer that is trained on the text; usual 512-32000"
+    )
 
 
 class ModelConfig(Section):
@@ -78,6 +98,12 @@ class ModelConfig(Section):
     )
     dropout: Fraction = Field(0.1, description="dropout on the pooled state before an exit classifier; usual 0-0.2")
     policy_width: Positive = Field(64, description="hidden width of the per-layer policy MLP; paper 32, usual 32-128")
+    exit_every: Positive = Field(1, description="generation: an exit at every k-th layer and the last; usual 1-4")
+    adapter: NonNegative = Field(
+        0,
+        description="generation: width of an adapter at each exit below the last; 0: a norm alone; usual 0-64",
+    )
+    scratch: ScratchConfig = Field(default_factory=ScratchConfig)
 
 
 class OptimConfig(Section):
@@ -94,6 +120,17 @@ class OptimConfig(Section):
     clip: Rate = Field(1.0, description="largest gradient norm; usual 1.0")
     accumulate: Positive = Field(1, description="batches whose gradients are added up before an update; usual 1-8")
     precision: Precision = Field("auto", description="auto: bfloat16 autocast where the processor has it")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on the backbone in place of a full update."""
+
+    rank: NonNegative = Field(0, description="0: update the whole backbone; usual ranks 4-64")
+    alpha: Rate = Field(16.0, description="scale of the adapter; usual 1-2 times the rank")
+    dropout: Fraction = Field(0.0, description="dropout inside the adapter; usual 0-0.1")
+    targets: tuple[str, ...] | None = Field(
+        None, description="module names; default: all linear layers of the backbone"
+    )
 
 
 class InitConfig(OptimConfig):
@@ -115,19 +152,9 @@ class InitConfig(OptimConfig):
         0.1, description="pondernet: lambda_p, rate of the geometric prior of the exit layer; usual 0.1-0.5"
     )
     gate_price: Weight = Field(0.5, description="jei: c, cross-entropy that all layers together cost; usual 0.05-2")
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     model: str | None = Field(
         None, description="initialised model to start from in place of training one, e.g. runs/NAME/init/model"
-    )
-
-
-class LoraConfig(Section):
-    """Low-rank adapters on the backbone for the task step."""
-
-    rank: NonNegative = Field(0, description="0: update the whole backbone; usual ranks 4-64")
-    alpha: Rate = Field(16.0, description="scale of the adapter; usual 1-2 times the rank")
-    dropout: Fraction = Field(0.0, description="dropout inside the adapter; usual 0-0.1")
-    targets: tuple[str, ...] | None = Field(
-        None, description="module names; default: all linear layers of the backbone"
     )
 
 
@@ -250,6 +277,9 @@ class StoreConfig(Section):
     num_workers: NonNegative = Field(
         0, description="Ray actors of one CPU that build it; 0 builds in this process; usual 0-64"
     )
+    max_gib: Rate = Field(
+        2.0, description="generation: most GiB of token states on disk; what is more is learnt in blocks; usual 0.5-50"
+    )
 
 
 class AlternationConfig(Section):
@@ -271,6 +301,17 @@ class InferenceConfig(Section):
         "auto", description="exit where pi > threshold; paper 0.5; auto: chosen on dev within alternation.tolerance"
     )
     batch_size: Positive = Field(32, description="texts per batch; usual 1-128")
+
+
+class GenerationConfig(Section):
+    """How a decoder with exits is tried out at the end of a run."""
+
+    max_new_tokens: Positive = Field(48, description="tokens generated for a prompt at most; usual 32-256")
+    samples: NonNegative = Field(
+        64, description="prompts of a split that are generated for, at full depth and with exits; usual 50-1000"
+    )
+    shown: NonNegative = Field(6, description="of these, how many the report shows side by side; usual 4-20")
+    encoder: str = Field("minilm", description="encoder of BERTScore: 'minilm', a hub id, a folder, or 'none'")
 
 
 PAPER: dict[str, Any] = {
@@ -318,6 +359,7 @@ class RunConfig(Section):
     task_step: TaskStepConfig = Field(default_factory=TaskStepConfig)
     alternation: AlternationConfig = Field(default_factory=AlternationConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
 
     @model_validator(mode="before")
     @classmethod
