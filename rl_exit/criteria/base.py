@@ -42,7 +42,10 @@ class LayerView:
         num_layers: L.
         batch_size: B.
         device: Where the answer is wanted.
+        progress: How much of its text a decoder has written, t / N [B]; None for a classifier.
     """
+
+    progress: Tensor | None = None
 
     def __init__(
         self,

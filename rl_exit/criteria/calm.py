@@ -1,8 +1,9 @@
 """CALM's three measures (Schuster et al. 2022): softmax margin, state saturation, learned consistency.
 
 Its threshold falls along the way, ``lambda_t = clip(0.9 lambda + 0.1 exp(-decay t / N), 0, 1)``. In the paper t counts
-the generated tokens. A classifier gives one answer, and what can fall is the threshold from layer to layer: t = l - 1,
-N = L here. With decay 0 the threshold is ``0.9 lambda + 0.1`` at every layer.
+the generated tokens and N is the length asked for: so it is for a decoder. A classifier gives one answer, and what can fall
+is the threshold from layer to layer: t = l - 1, N = L there. With decay 0 the threshold is ``0.9 lambda + 0.1`` at every
+layer.
 
 The score is the largest lambda in [0, 1] at which a row would still leave, so that one pass serves every lambda.
 """
@@ -40,7 +41,7 @@ class CALMSoftmax(Scored):
     def score(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
         """See :meth:`rl_exit.criteria.base.Scored.score`."""
         top = view.logits.float().softmax(-1).topk(2, dim=-1).values
-        return largest_lambda(top[:, 0] - top[:, 1], layer, view.num_layers, self.decay)
+        return largest_lambda(top[:, 0] - top[:, 1], _progress(layer, view), self.decay)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class CALMSaturation(Scored):
         if before is None:
             return torch.full((view.batch_size,), -math.inf, device=view.device)
         alike = F.cosine_similarity(carry["state"], before, dim=-1)
-        return largest_lambda(alike, layer, view.num_layers, self.decay)
+        return largest_lambda(alike, _progress(layer, view), self.decay)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class CALMMeta(HeadScored):
     def score(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
         """See :meth:`rl_exit.criteria.base.Scored.score`."""
         sure = self.log_odds(layer, view, carry).sigmoid()
-        return largest_lambda(sure, layer, view.num_layers, self.decay)
+        return largest_lambda(sure, _progress(layer, view), self.decay)
 
 
 def decayed_threshold(value: float, layer: int, num_layers: int, decay: float) -> float:
@@ -98,22 +99,27 @@ def decayed_threshold(value: float, layer: int, num_layers: int, decay: float) -
     return min(max(0.9 * value + 0.1 * math.exp(-decay * (layer - 1) / num_layers), 0.0), 1.0)
 
 
-def largest_lambda(confidence: Tensor, layer: int, num_layers: int, decay: float) -> Tensor:
+def largest_lambda(confidence: Tensor, progress: float | Tensor, decay: float) -> Tensor:
     """The largest lambda in [0, 1] with ``confidence >= lambda_t``; ``-inf`` where there is none.
 
     Args:
         confidence: float32 [B].
-        layer: 1..L-1.
-        num_layers: L.
+        progress: t / N, one number or [B].
         decay: As the criteria's.
 
     Returns:
         float32 [B].
     """
     # In float64, so that a confidence that equals lambda_t up to its own rounding gives back lambda.
-    value = (confidence.double() - 0.1 * math.exp(-decay * (layer - 1) / num_layers)) / 0.9
+    fallen = torch.exp(-decay * torch.as_tensor(progress, dtype=torch.float64, device=confidence.device))
+    value = (confidence.double() - 0.1 * fallen) / 0.9
     value = torch.where(confidence >= 1.0, 1.0, value)
     return torch.where(value < 0.0, -math.inf, value.clamp_max(1.0)).float()
+
+
+def _progress(layer: int, view: LayerView) -> float | Tensor:
+    """t / N: of a decoder's text, else of the layers."""
+    return (layer - 1) / view.num_layers if view.progress is None else view.progress
 
 
 def _check(word: str, threshold: float, decay: float) -> None:
