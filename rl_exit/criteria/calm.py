@@ -1,9 +1,9 @@
 """CALM's three measures (Schuster et al. 2022): softmax margin, state saturation, learned consistency.
 
 Its threshold falls along the way, ``lambda_t = clip(0.9 lambda + 0.1 exp(-decay t / N), 0, 1)``. In the paper t counts
-the generated tokens and N is the length asked for: so it is for a decoder. A classifier gives one answer, and what can fall
-is the threshold from layer to layer: t = l - 1, N = L there. With decay 0 the threshold is ``0.9 lambda + 0.1`` at every
-layer.
+the generated tokens and N is the length asked for: so it is for a decoder. A classifier gives one answer, and what can
+fall is the threshold from layer to layer: t = l - 1, N = L there. With decay 0 the threshold is ``0.9 lambda + 0.1``
+everywhere.
 
 The score is the largest lambda in [0, 1] at which a row would still leave, so that one pass serves every lambda.
 """
