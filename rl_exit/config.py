@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rl_exit.errors import ConfigError, nearest
+from rl_exit.errors import ConfigError, DataError, nearest
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -335,6 +335,15 @@ PAPER: dict[str, Any] = {
 }
 """ConsistentEE as published: what the recipe ``paper`` has in place of the defaults."""
 
+GENERATION: dict[str, Any] = {
+    "model": {"backbone": "scratch"},
+    "init": {"lr": 1e-3, "batch_size": 16},
+    "policy": {"inputs": "state", "shared": False, "epochs": 6, "batch_size": 1024, "lr": 2e-3},
+    "task_step": {"lr": 1e-4, "batch_size": 16},
+    "alternation": {"rounds": 1},
+}
+"""What a run on a task with responses has in place of the defaults: an instance is a token, and there are many."""
+
 
 class RunConfig(Section):
     """A whole run."""
@@ -366,7 +375,9 @@ class RunConfig(Section):
     def _follow_recipe(cls, given: Any) -> Any:
         """Under ``recipe: paper`` what is not given is as published."""
         if isinstance(given, dict) and given.get("recipe") == "paper":
-            return _beneath(given, PAPER)
+            given = _beneath(given, PAPER)
+        if isinstance(given, dict) and _is_generation(given.get("task")):
+            given = _beneath(given, GENERATION)
         return given
 
     @model_validator(mode="after")
@@ -558,6 +569,20 @@ def _beneath(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         else:
             merged.setdefault(key, value)
     return merged
+
+
+def _is_generation(task: Any) -> bool:
+    """Whether a ``task`` section is about generation; a name that is none is refused later."""
+    from rl_exit.data.registry import find_task
+
+    if not isinstance(task, Mapping):
+        return False
+    if task.get("kind") is not None:
+        return bool(task["kind"] == "generation")
+    try:
+        return find_task(str(task.get("name", ""))).kind == "generation"
+    except DataError:
+        return False
 
 
 def _names_at(parents: Sequence[str]) -> list[str]:

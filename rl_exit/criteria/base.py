@@ -42,10 +42,8 @@ class LayerView:
         num_layers: L.
         batch_size: B.
         device: Where the answer is wanted.
-        progress: How much of its text a decoder has written, t / N [B]; None for a classifier.
+        progress: Share of a generation that is done, t / N of CALM, one number or [B]; None for a classifier.
     """
-
-    progress: Tensor | None = None
 
     def __init__(
         self,
@@ -56,6 +54,7 @@ class LayerView:
         state: Callable[[], Tensor],
         logits: Callable[[], Tensor],
         exit_logit: Callable[[Carry], Tensor],
+        progress: float | Tensor | None = None,
     ) -> None:
         """Set the parts.
 
@@ -68,11 +67,13 @@ class LayerView:
             logits: Gives the exit's logits [B, C].
             exit_logit: Gives the policy's log-odds of Exit [B] and keeps in the carry what it must remember; not called
                 at layer L.
+            progress: t / N of a generation.
         """
         self.layer = layer
         self.num_layers = num_layers
         self.batch_size = batch_size
         self.device = device
+        self.progress = progress
         self._state = state
         self._logits = logits
         self._exit_logit = exit_logit

@@ -202,6 +202,6 @@ def state_view(model: EarlyExitCausalModel, number: int, state: Tensor, progress
         state=lambda: state,
         logits=lambda: model.head(state),
         exit_logit=lambda carry: model.exit_logit(view, carry),
+        progress=progress,
     )
-    view.progress = progress
     return view

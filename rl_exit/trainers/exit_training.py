@@ -209,7 +209,7 @@ def _objective(job: ExitTraining, model: Any) -> Objective:
         chosen = objective(job.weights, shape, job.settings.epochs, job.options)
     if decoder and (chosen.heads or any(phase.exits != "all" for phase in chosen.phases)):
         raise ConfigError(
-            f"init.objective = '{job.weights}' trains exits one after the other, and those of a decoder share one head; "
+            f"init.objective = '{job.weights}' trains exits in turn, and those of a decoder share one head; "
             "accepted: weighted, uniform, distilled"
         )
     return chosen

@@ -199,6 +199,10 @@ class RunDirectory:
         )
         return results
 
+    def instances(self, split: str) -> Path:
+        """File of the tokenised instances of a split."""
+        return (self.path / "data" / f"{split}.arrow").absolute()
+
     def seconds(self) -> dict[str, float]:
         """Seconds of every finished step in the order they were done."""
         markers = [_read_marker(path) for path in sorted(self._markers(), key=lambda path: path.stat().st_mtime)]
