@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PROMPT_TOKENS, TOKENS, BATCH = 40, 120, 100
+PROMPT_WORDS, LEAST_WORDS, TOKENS, BATCH = 16, 12, 120, 100
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     given.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(given.seed)
-    seen: set[tuple[int, ...]] = set()
+    seen: set[str] = set()
     for split in ("test", "dev", "train"):
         rows: list[dict[str, str]] = []
         while len(rows) < getattr(given, split):
@@ -37,13 +37,11 @@ def main() -> None:
             drawn = model.generate(start, do_sample=True, top_k=0, max_new_tokens=TOKENS, pad_token_id=0)
             for row in drawn.tolist():
                 text = [token for token in row[1:] if token not in (tokenizer.eos_token_id, 0)]
-                begin = tuple(text[:PROMPT_TOKENS])
-                if len(text) > PROMPT_TOKENS + 20 and begin not in seen:
-                    seen.add(begin)
-                    whole = tokenizer.decode(text)
-                    prompt = tokenizer.decode(text[:PROMPT_TOKENS])
-                    if whole.startswith(prompt):
-                        rows.append({"prompt": prompt, "response": whole[len(prompt) :]})
+                words = tokenizer.decode(text).strip().split(" ")[:-1]  # the last may be cut
+                prompt = " ".join(words[:PROMPT_WORDS])
+                if len(words) >= PROMPT_WORDS + LEAST_WORDS and prompt not in seen:
+                    seen.add(prompt)
+                    rows.append({"prompt": prompt, "response": " " + " ".join(words[PROMPT_WORDS:])})
         lines = [json.dumps(row, ensure_ascii=False) for row in rows[: getattr(given, split)]]
         (given.out / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{split}: {len(lines)} stories")

@@ -117,10 +117,11 @@ def load_examples(config: TaskConfig, seed: int) -> ExampleTask:
 
 
 def tokenise_examples(split: ExampleSplit, tokenizer: Any, max_length: int) -> tuple[Instances, int]:
-    """Tokenise prompts and responses, each by itself, so that the cut between them is exact.
+    """Tokenise examples; the cut between prompt and response is between two tokens.
 
     An example is the prompt (with the tokenizer's special tokens in front), the response and the end-of-text token; the
-    response is cut where ``max_length`` is reached, then without end-of-text.
+    response is cut where ``max_length`` is reached, then without end-of-text. The text is tokenised as a whole where
+    that begins with the tokens of the prompt, else prompt and response each by itself.
 
     Args:
         split: N examples.
@@ -137,8 +138,10 @@ def tokenise_examples(split: ExampleSplit, tokenizer: Any, max_length: int) -> t
     rows, starts, ids = [], [], []
     prompts = encode_prompts(split.prompts, tokenizer)
     responses = tokenizer(split.responses, add_special_tokens=False, verbose=False)["input_ids"] if len(split) else []
+    wholes = encode_prompts([a + b for a, b in zip(split.prompts, split.responses, strict=True)], tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for number, prompt, response in zip(split.ids.tolist(), prompts, responses, strict=True):
+    for number, prompt, alone, whole in zip(split.ids.tolist(), prompts, responses, wholes, strict=True):
+        response = whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone
         if len(prompt) >= max_length or not (response or end):
             continue
         rows.append([*prompt, *response, *end][:max_length])
