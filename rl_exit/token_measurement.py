@@ -190,7 +190,9 @@ def scores_of(model: EarlyExitCausalModel, block: TokenBlock, rule: Scored, hori
     carry: Carry = rule.start(len(block), block.states.device)
     found = []
     for number in range(1, model.num_exits):
-        view: LayerView = state_view(model, number, block.states[:, number - 1], block.positions / horizon)
+        view: LayerView = state_view(
+            model, number, block.states[:, number - 1], (block.positions / horizon).clamp_max(1.0)
+        )
         found.append(sign * rule.score(number, view, carry).float())
     return torch.stack(found, 1)
 

@@ -42,7 +42,8 @@ class LayerView:
         num_layers: L.
         batch_size: B.
         device: Where the answer is wanted.
-        progress: Share of a generation that is done, t / N of CALM, one number or [B]; None for a classifier.
+        progress: Share of each row's generation that is done, [B] within 0..1 (CALM's t / N); None where nothing is
+            generated.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class LayerView:
         state: Callable[[], Tensor],
         logits: Callable[[], Tensor],
         exit_logit: Callable[[Carry], Tensor],
-        progress: float | Tensor | None = None,
+        progress: Tensor | None = None,
     ) -> None:
         """Set the parts.
 
@@ -67,7 +68,7 @@ class LayerView:
             logits: Gives the exit's logits [B, C].
             exit_logit: Gives the policy's log-odds of Exit [B] and keeps in the carry what it must remember; not called
                 at layer L.
-            progress: t / N of a generation.
+            progress: t / N of each row's generation, [B].
         """
         self.layer = layer
         self.num_layers = num_layers

@@ -127,7 +127,7 @@ def run_text(
     inside = torch.ones_like(input_ids, dtype=torch.bool)
     free = may_leave(input_ids, starts)
     exits = torch.full_like(input_ids, model.num_exits)
-    progress = _times(input_ids, starts) / horizon
+    progress = (_times(input_ids, starts) / horizon).clamp_max(1.0)
     carry = rule.start(count * length, input_ids.device)
     found: list[Tensor] = []
     for layer in range(1, model.num_layers + 1):
