@@ -1,6 +1,6 @@
 """Stories in the style that a small decoder knows, drawn from the decoder itself: prompts and what follows, as JSONL.
 
-TinyStories is not at hand on every machine. A decoder trained on it writes such text when it is sampled at temperature 1;
+TinyStories is not at hand on every machine. A decoder trained on it writes such text when sampled at temperature 1;
 stories of other seeds are held-out text for exits and policy. Every story begins in its own way.
 
     python benchmarks/stories.py MODEL_FOLDER OUT_FOLDER [--train 2400 --dev 200 --test 300 --seed 0]

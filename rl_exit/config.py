@@ -182,9 +182,10 @@ class TaskStepConfig(OptimConfig):
 class RewardConfig(Section):
     """Reward on exit."""
 
-    name: Literal["hardness", "vanilla", "correctness"] = Field(
+    name: Literal["hardness", "vanilla", "correctness", "agreement"] = Field(
         "correctness",
-        description="correctness: 1 if right, less alpha a layer; by cross-entropy: hardness (Eq. 4), vanilla (Eq. 3)",
+        description="correctness: 1 if right, less alpha a layer; by cross-entropy: hardness (Eq. 4), vanilla (Eq. 3); "
+        "agreement (generation): 1 if the exit says what the last one says, less alpha a layer",
     )
     alpha: Weight = Field(
         0.01,
@@ -384,6 +385,8 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if self.policy.epsilon_final > self.policy.epsilon:
             raise ValueError("policy.epsilon_final must not exceed policy.epsilon")
+        if self.reward.name == "agreement" and not _is_generation(self.task.model_dump()):
+            raise ValueError("reward.name = 'agreement' is for generation; accepted: correctness, hardness, vanilla")
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
             raise ValueError("name: a plain folder name is accepted, without '/'; the folder above it is output_dir")
         if any(unicodedata.category(letter) == "Cc" for letter in self.run_name + self.output_dir):

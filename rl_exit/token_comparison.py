@@ -6,7 +6,7 @@ are those of the responses that the model is made to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -73,6 +73,7 @@ def compare_rules(
     points: int = POINTS,
     horizon: int = HORIZON,
     seed: int = 0,
+    more: Callable[[Criterion | None], Mapping[str, float]] = lambda _: {},
     on_done: Callable[[str], None] = lambda _: None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Curves of every rule.
@@ -84,6 +85,7 @@ def compare_rules(
         points: Operating points of each rule.
         horizon: N of CALM's falling threshold.
         seed: Of the meta classifier.
+        more: Further figures of a rule, e.g. of what it writes; None: nobody leaves.
         on_done: Told the name of each rule when it is done.
 
     Returns:
@@ -92,20 +94,22 @@ def compare_rules(
     """
     full = tabulate(model, instances, horizon=horizon)
     layers = model.exit_layers
-    found: dict[str, list[dict[str, Any]]] = {"full": [asdict(judge(full, full, layers))]}
+    found: dict[str, list[dict[str, Any]]] = {"full": [{**asdict(judge(full, full, layers)), **more(None)}]}
     rules = rules_of(model, held, seed)
     calibration = tabulate(model, held, scores=tuple(rules.values()), horizon=horizon)
     for name, rule in rules.items():
         rows = []
         for at in operating_points(rule, calibration.scores[rule.name], points):
             table = tabulate(model, instances, at, horizon=horizon)
-            rows.append({"threshold": float(getattr(at, rule.swept)), **asdict(judge(table, full, layers))})
+            figures = {**asdict(judge(table, full, layers)), **more(at)}
+            rows.append({"threshold": float(getattr(at, rule.swept)), **figures})
         found[name] = _sorted(rows)
         on_done(name)
     rows = []
     for number in range(1, model.num_exits):
         table = tabulate(model, instances, Fixed(number), horizon=horizon)
-        rows.append({"depth": layers[number - 1], **asdict(judge(table, full, layers))})
+        figures = {**asdict(judge(table, full, layers)), **more(Fixed(number))}
+        rows.append({"depth": layers[number - 1], **figures})
     found["fixed"] = _sorted(rows)
     found["oracle"] = [asdict(judge(agreeing_oracle(full), full, layers))]
     return found

@@ -388,7 +388,8 @@ def policy_settings(config: RunConfig, seed: int) -> PolicyPhaseSettings:
     policy = config.policy.model_dump(exclude={"inputs", "holdout", "instances"})
     return PolicyPhaseSettings(
         algorithm=config.algorithm,
-        reward=config.reward.name,
+        # Of tokens whose store says "agrees" where others say "correct", it is the same reward.
+        reward="correctness" if config.reward.name == "agreement" else config.reward.name,
         alpha=config.reward.alpha,
         runner=config.sampling.runner,
         num_env_runners=config.sampling.num_env_runners,

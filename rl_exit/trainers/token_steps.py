@@ -142,9 +142,16 @@ def train_on_blocks(
         where = f"round {number}" + (f", block {index + 1} of {len(plan)}" if len(plan) > 1 else "")
         with display.step(f"{where}: token states", int(tokens_of(some).sum())) as progress:
             build_block(
-                model, some, store, c.store.dtype, c.store.shard_size, min(c.store.batch_size, DEV_BATCH), rule,
-                progress.update,
-            )  # fmt: skip
+                model,
+                some,
+                store,
+                c.store.dtype,
+                c.store.shard_size,
+                min(c.store.batch_size, DEV_BATCH),
+                rule,
+                agreement=c.reward.name == "agreement",
+                on_done=progress.update,
+            )
         with display.step(f"{where}: policy ({c.algorithm})", c.policy.epochs) as progress:
             before = updates
 

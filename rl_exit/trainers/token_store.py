@@ -85,6 +85,7 @@ def build_block(
     shard_size: int,
     batch_size: int,
     rule: Criterion | None = None,
+    agreement: bool = False,
     on_done: Callable[[int], None] = lambda _: None,
 ) -> StateStore:
     """Write the store of some examples' tokens; one that is there is removed first.
@@ -96,6 +97,7 @@ def build_block(
         dtype: Storage of the states.
         shard_size: Tokens per shard; one shard is held in memory.
         batch_size: Examples per pass.
+        agreement: Store as correct what the last exit says, in place of the token of the text.
         rule: Who leaves, so that later tokens see what those present; None: nobody.
         on_done: Told the number of tokens done.
 
@@ -127,7 +129,7 @@ def build_block(
                 block.tokens.target.cpu().numpy(),
                 reads.float().cpu().numpy(),
                 found.losses.cpu().numpy(),
-                found.correct.cpu().numpy(),
+                (found.chosen == found.chosen[:, -1:] if agreement else found.correct).cpu().numpy(),
                 np.empty((len(block), model.num_exits, 0), dtype=np.float32),
             )
             done += len(block)
