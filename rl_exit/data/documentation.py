@@ -22,7 +22,7 @@ SIZES = {"train": 6000, "dev": 300, "test": 300}
 
 _PROMPT_WORDS = 8
 _LEAST_WORDS, _MOST_WORDS = 20, 48
-_FILES_PER_TOPIC = 320
+_FILES_PER_TOPIC = 200
 _MOST_PER_FILE = 12
 _SAME_WORDS = 10  # texts that begin with the same so many words count as one
 _MARKUP = re.compile(r":(?:\w+:)+`~?([^`]*)`|`{1,2}([^`]*)`{1,2}")
