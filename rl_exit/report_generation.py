@@ -50,8 +50,8 @@ def _lead(shown: Mapping[str, Any]) -> str:
     return (
         f"For {shown['prompts']} prompts, up to {shown['max_new_tokens']} tokens each, "
         f"{100 * shown['saved_layers']:.1f} % of the layers are saved in writing. Made to say the responses of the "
-        f"data, the model agrees with its own full depth in {100 * forced['agreement']:.1f} % of the tokens, at a perplexity "
-        f"of {forced['perplexity']:.2f} (full depth {shown['full_depth_perplexity']:.2f})."
+        f"data, the model agrees with its own full depth in {100 * forced['agreement']:.1f} % of the tokens, at a "
+        f"perplexity of {forced['perplexity']:.2f} (full depth {shown['full_depth_perplexity']:.2f})."
     )
 
 
