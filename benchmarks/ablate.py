@@ -28,6 +28,7 @@ from rl_exit.criteria import StoredSplit, criterion, scores_from_store
 from rl_exit.data.instances import Instances
 from rl_exit.envs.state_store import StateStore
 from rl_exit.files import read_json
+from rl_exit.models.answer_pool import AnswerPool
 from rl_exit.models.answers import input_size
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.policy import PolicyHeads
@@ -35,16 +36,18 @@ from rl_exit.progress import Silent
 from rl_exit.seeding import derive_seed
 from rl_exit.trainers.alternation import policy_settings
 from rl_exit.trainers.policy_phase import train_policy
-from rl_exit.trainers.policy_store import policy_store
+from rl_exit.trainers.policy_store import fitted_pool, policy_store
 from rl_exit.trainers.run_directory import RunDirectory, versions
-from rl_exit.trainers.store_evaluation import exit_logits_of
+from rl_exit.trainers.store_evaluation import answers_of, exit_logits_of
 from rl_exit.trainers.store_phase import build_store
 
 REPLICATES = 1000
 MOST = 8000  # Fitted instances that the variant "fitted" has, at most.
-# Name -> settings of the policy phase that differ from the run's, what the policy reads, and which instances it has.
+# Name -> settings of the policy phase that differ from the run's, what the policy reads and answers, and which
+# instances it has.
 VARIANTS: dict[str, dict[str, Any]] = {
     "evidence": {},
+    "answers as the exit does": {"answer": "exit"},
     "own weights at each layer": {"shared": False},
     "reads the state": {"inputs": "state", "shared": False, "epochs": 10},
     "reads both": {"inputs": "both", "epochs": 20},
@@ -58,6 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alpha 0.03": {"alpha": 0.03},
     "paper's policy": {
         "inputs": "state",
+        "answer": "exit",
         "shared": False,
         "epochs": 5,
         "lr": 1e-3,
@@ -73,12 +77,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Without a policy: on the exits as they are, and, to tell what pooling brings from what the policy does, on the pool.
+BASELINES = ("max_probability", "max_probability, pooled answers")
+
+
 def main() -> None:
     """Measure all variants and print JSON."""
     runs = [RunDirectory.open(Path(word)) for word in sys.argv[1:]]
     if not runs:
         raise SystemExit(__doc__)
-    figures: dict[str, dict[int, MethodFigures]] = {name: {} for name in (*VARIANTS, "max_probability")}
+    figures: dict[str, dict[int, MethodFigures]] = {name: {} for name in (*VARIANTS, *BASELINES)}
     for run in runs:
         for name, found in _measure(run).items():
             figures[name][run.config.seed] = found
@@ -138,21 +146,36 @@ def _measure(run: RunDirectory) -> dict[str, MethodFigures]:
         weights = resamples(len(logits), REPLICATES)
         reference = full_depth(split, weights, task["metric"])
 
-        def figures(scores: Any) -> MethodFigures:
-            return measure_method(Scores(scores), split, weights, reference, task["metric"])
+        kept = StateStore.open(first / "store-train")
+        pools = {"exit": None, "pooled": fitted_pool(kept, _held(run)), "fitted": fitted_pool(fitted, None)}
 
-        stored = StoredSplit.from_logits(measured.labels, logits)
-        found = {"max_probability": figures(scores_from_store(criterion("max_probability", threshold=0.5), stored))}
+        def figures(scores: Any, pool: AnswerPool | None) -> MethodFigures:
+            answers = None if pool is None else answers_of(measured, pool).argmax(-1)
+            return measure_method(Scores(scores, answers=answers), split, weights, reference, task["metric"])
+
+        found = {}
+        for baseline, answer in zip(BASELINES, ("exit", "pooled"), strict=True):
+            stored = StoredSplit.from_logits(measured.labels, answers_of(measured, pools[answer]))
+            scores = scores_from_store(criterion("max_probability", threshold=0.5), stored)
+            found[baseline] = figures(scores, pools[answer])
         for variant, changes in VARIANTS.items():
             settings = dict(changes)
             inputs = settings.pop("inputs", run.config.policy.inputs)
-            source = fitted.path if settings.pop("fitted", False) else first / "store-train"
+            answer = settings.pop("answer", run.config.policy.answer)
+            on_fitted = settings.pop("fitted", False)
+            source = fitted.path if on_fitted else kept.path
+            pool = pools["fitted" if on_fitted and answer == "pooled" else answer]
             phase = replace(policy_settings(run.config, derive_seed(run.config.seed, "policy", 1)), **settings)
             heads = PolicyHeads(model.num_layers, input_size(inputs, measured.hidden_size), phase.width, phase.shared)
-            with policy_store(source, inputs) as store:
+            with policy_store(source, inputs, pool) as store:
                 heads.load_state_dict(train_policy(store, heads.state_dict(), phase).weights)
-            found[variant] = figures(exit_logits_of(measured, heads, inputs))
+            found[variant] = figures(exit_logits_of(measured, heads, inputs, pool), pool)
     return found
+
+
+def _held(run: RunDirectory) -> Any:
+    """Ids of the instances that the exits were not fitted to; None where there are none."""
+    return Instances.open(run.path / "data" / "held.arrow").ids if run.config.policy.holdout else None
 
 
 if __name__ == "__main__":

@@ -208,6 +208,10 @@ class PolicyConfig(Section):
         "answers",
         description="what the policy reads: the exits' answers so far, the hidden state (the paper's), or both",
     )
+    answer: Literal["exit", "pooled"] = Field(
+        "pooled",
+        description="what is answered on leaving: what the exit says (the paper's), or all exits passed, weighted",
+    )
     instances: Literal["held", "all"] = Field(
         "held", description="what the policy learns on where some are held out: those alone, or the whole training set"
     )
@@ -322,6 +326,7 @@ PAPER: dict[str, Any] = {
     "reward": {"name": "hardness", "alpha": 0.05},
     "policy": {
         "inputs": "state",
+        "answer": "exit",
         "shared": False,
         "holdout": 0.0,
         "epochs": 5,
@@ -339,7 +344,7 @@ PAPER: dict[str, Any] = {
 GENERATION: dict[str, Any] = {
     "model": {"backbone": "scratch"},
     "init": {"lr": 1e-3, "batch_size": 16},
-    "policy": {"inputs": "state", "shared": False, "epochs": 6, "batch_size": 1024, "lr": 2e-3},
+    "policy": {"inputs": "state", "answer": "exit", "shared": False, "epochs": 6, "batch_size": 1024, "lr": 2e-3},
     "task_step": {"lr": 1e-4, "batch_size": 16},
     "alternation": {"rounds": 1},
 }
@@ -387,6 +392,10 @@ class RunConfig(Section):
             raise ValueError("policy.epsilon_final must not exceed policy.epsilon")
         if self.reward.name == "agreement" and not _is_generation(self.task.model_dump()):
             raise ValueError("reward.name = 'agreement' is for generation; accepted: correctness, hardness, vanilla")
+        if self.policy.answer == "pooled" and _is_generation(self.task.model_dump()):
+            raise ValueError(
+                "policy.answer = 'pooled' is for classification; a token is written by the exit it leaves at"
+            )
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
             raise ValueError("name: a plain folder name is accepted, without '/'; the folder above it is output_dir")
         if any(unicodedata.category(letter) == "Cc" for letter in self.run_name + self.output_dir):

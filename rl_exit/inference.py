@@ -51,7 +51,7 @@ class EngineOutput:
     """Answers of N rows, in their order.
 
     Attributes:
-        logits: [N, C], of the exit at which each row left.
+        logits: [N, C], of the exit at which each row left, or the criterion's own answer there.
         exit_layer: [N] int64 on the CPU, 1..L.
     """
 
@@ -85,6 +85,7 @@ def run_batch(model: LayeredModel, batch: Mapping[str, Tensor], criterion: Crite
     rows = torch.arange(state.batch_size)  # original row of each row still inside; on the CPU, as are state.lengths
     exit_layer = torch.full((state.batch_size,), model.num_layers)
     logits: Tensor | None = None
+    answer = getattr(criterion, "answer", None)  # a criterion may answer otherwise than the exit does
     for layer in range(1, model.num_layers + 1):
         state = model.backbone.step(layer, state)
         view = model.view(layer, state)
@@ -94,9 +95,10 @@ def run_batch(model: LayeredModel, batch: Mapping[str, Tensor], criterion: Crite
         if len(leaving) == 0:
             continue
         gone = rows[leaving]
+        said = view.logits if answer is None else answer(layer, view, carry)
         if logits is None:
-            logits = view.logits.new_zeros((len(exit_layer), view.logits.shape[1]))
-        logits[gone.to(device)] = view.logits[leaving.to(device)]
+            logits = said.new_zeros((len(exit_layer), said.shape[1]))
+        logits[gone.to(device)] = said[leaving.to(device)]
         exit_layer[gone] = layer
         if len(leaving) == len(rows):
             break

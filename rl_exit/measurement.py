@@ -68,7 +68,9 @@ def measure(
     """
     model.eval()
     logits, exit_logits = every_exit(model, instances, progress)
-    stored = evaluate(instances.labels, logits, losses_of(logits, instances.labels), exit_logits, metric, threshold)
+    losses = losses_of(logits, instances.labels)
+    answers = model.answers(torch.from_numpy(logits)).numpy()
+    stored = evaluate(instances.labels, logits, losses, exit_logits, metric, threshold, answers)
     used = rule or criterion("consistentee", threshold=threshold)
     live = run_instances(model, instances, used, batch_size=batch_size)
     layers = live.exit_layer.numpy()

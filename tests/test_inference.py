@@ -72,6 +72,18 @@ def models(tiny_backbone: Path, tiny_llama: Path) -> dict[str, EarlyExitModel]:
         found[f"bert-{inputs}"] = EarlyExitModel.from_backbone(
             str(tiny_backbone), ("a", "b", "c"), pooling="mean", max_length=40, policy_inputs=inputs, policy_shared=True
         )
+    for inputs in ("answers", "state"):
+        found[f"bert-pooled-{inputs}"] = pooled = EarlyExitModel.from_backbone(
+            str(tiny_backbone),
+            ("a", "b", "c"),
+            pooling="mean",
+            max_length=40,
+            policy_inputs=inputs,
+            policy_answer="pooled",
+        )
+        pooled.answer_pool.own.copy_(torch.tensor([1.5, 0.7]))
+        pooled.answer_pool.below.fill_(0.6)
+        pooled.answer_pool.bias.copy_(torch.tensor([[0.0, 0.2, -0.1], [0.1, 0.0, 0.0]]))
     found["llama-last"] = EarlyExitModel.from_backbone(str(tiny_llama), ("a", "b", "c"), max_length=40)
     sample = instances_of([random.Random(i).randint(1, 40) for i in range(50)], seed=1).batch(range(50))
     with torch.no_grad():
@@ -152,7 +164,7 @@ def test_the_reference_tells_neighbouring_exits_apart(models):
         assert (logits[:, 1:] - logits[:, :-1]).abs().amax(-1).min() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["bert-mean", "llama-last"])
+@pytest.mark.parametrize("name", ["bert-mean", "llama-last", "bert-pooled-answers", "bert-pooled-state"])
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_policy_exits_are_those_of_the_rule(models, name, batch_size):
     model = models[name]
@@ -165,7 +177,14 @@ def test_policy_exits_are_those_of_the_rule(models, name, batch_size):
     assert len(expected.unique()) >= 3
     out = run_instances(model, rows, ConsistentEE(0.5), batch_size)
     assert torch.equal(out.exit_layer, expected)
-    torch.testing.assert_close(out.logits, every.logits[torch.arange(50), expected - 1], atol=1e-5, rtol=0)
+    told = model.answers(every.logits)[torch.arange(50), expected - 1]
+    torch.testing.assert_close(out.logits, told, atol=1e-5, rtol=0)
+    if model.answer_pool is not None:
+        plain = every.logits[torch.arange(50), expected - 1]
+        assert (plain - told).abs().max() > 0.1, "the pool must matter"
+        rule = criterion("fixed", depth=2)
+        by_depth = run_instances(model, rows, rule, batch_size).logits
+        torch.testing.assert_close(by_depth, every.logits[:, 1], atol=1e-5, rtol=0)
 
 
 def test_layers_are_really_skipped(model):

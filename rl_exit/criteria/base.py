@@ -55,6 +55,7 @@ class LayerView:
         state: Callable[[], Tensor],
         logits: Callable[[], Tensor],
         exit_logit: Callable[[Carry], Tensor],
+        answer: Callable[[Carry], Tensor] | None = None,
         progress: Tensor | None = None,
     ) -> None:
         """Set the parts.
@@ -68,6 +69,8 @@ class LayerView:
             logits: Gives the exit's logits [B, C].
             exit_logit: Gives the policy's log-odds of Exit [B] and keeps in the carry what it must remember; not called
                 at layer L.
+            answer: Gives what the policy answers [B, C] and keeps in the carry what it must remember; None: what the
+                exit says.
             progress: t / N of each row's generation, [B].
         """
         self.layer = layer
@@ -78,6 +81,8 @@ class LayerView:
         self._state = state
         self._logits = logits
         self._exit_logit = exit_logit
+        self._answer = answer
+        self._answered: Tensor | None = None
 
     @cached_property
     def state(self) -> Tensor:
@@ -99,6 +104,16 @@ class LayerView:
         if self.layer >= self.num_layers:
             raise ValueError(f"layer {self.layer} of {self.num_layers}: exit is forced, the policy has no say")
         return self._exit_logit(carry)
+
+    def answer(self, carry: Carry) -> Tensor:
+        """What the policy answers for a row that leaves here, logits [B, C]; computed once.
+
+        Args:
+            carry: As for :meth:`exit_logit`, which asks for it too.
+        """
+        if self._answered is None:
+            self._answered = self.logits if self._answer is None else self._answer(carry)
+        return self._answered
 
     def everyone(self, answer: bool) -> Tensor:
         """The same answer for all rows, bool [B]; computes nothing."""

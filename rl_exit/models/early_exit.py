@@ -27,6 +27,7 @@ from rl_exit.criteria import Carry, ConsistentEE, Criterion, LayerView
 from rl_exit.errors import ModelError
 from rl_exit.inference import choose_criterion, run_batch, run_texts
 from rl_exit.models import folder, pretrained
+from rl_exit.models.answer_pool import ANSWERS, Answer, AnswerPool
 from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_input, input_size, policy_input
 from rl_exit.models.backbones import StepState, step_backbone
 from rl_exit.models.exits import ExitHeads, pool
@@ -45,6 +46,7 @@ class EarlyExitConfig(PretrainedConfig):
         policy_width: W, hidden width of the policy heads.
         policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"`` (:mod:`rl_exit.models.answers`).
         policy_shared: Whether the policy heads of all layers share their weights.
+        policy_answer: What the policy answers: ``"exit"`` or ``"pooled"`` (:mod:`rl_exit.models.answer_pool`).
         dropout: On the state before an exit, in training.
         max_tokens: Tokens per text, longer are cut (``max_length`` is a word of text generation in transformers).
         threshold: Operating point: leave at the first ``pi > threshold``.
@@ -65,6 +67,7 @@ class EarlyExitConfig(PretrainedConfig):
         policy_width: int = 64,
         policy_inputs: Inputs = "state",
         policy_shared: bool = False,
+        policy_answer: Answer = "exit",
         dropout: float = 0.1,
         max_tokens: int = 128,
         threshold: float = 0.5,
@@ -78,6 +81,7 @@ class EarlyExitConfig(PretrainedConfig):
         self.policy_width = policy_width
         self.policy_inputs = policy_inputs
         self.policy_shared = policy_shared
+        self.policy_answer = policy_answer
         self.dropout = dropout
         self.max_tokens = max_tokens
         self.threshold = threshold
@@ -146,6 +150,7 @@ class EarlyExitModel(PreTrainedModel):
         backbone: The stepped backbone; ``backbone.model`` is the Hugging Face model.
         exits: Exit classifiers.
         policy: Exit policy.
+        answer_pool: What the policy answers when a row leaves; None: what the exit says.
         tokenizer: Its tokenizer (None on a model made from a configuration alone).
         num_layers: L.
     """
@@ -176,6 +181,9 @@ class EarlyExitModel(PreTrainedModel):
         self.policy = PolicyHeads(
             self.num_layers, input_size(config.policy_inputs, hidden), config.policy_width, config.policy_shared
         )
+        if config.policy_answer not in ANSWERS:
+            raise ModelError(f"policy_answer '{config.policy_answer}' is unknown; accepted: {', '.join(ANSWERS)}")
+        self.answer_pool = AnswerPool(self.num_layers, config.num_labels) if config.policy_answer == "pooled" else None
         self.tokenizer: Any = None
         self.post_init()
 
@@ -201,6 +209,7 @@ class EarlyExitModel(PreTrainedModel):
         policy_width: int = 64,
         policy_inputs: Inputs = "state",
         policy_shared: bool = False,
+        policy_answer: Answer = "exit",
         dropout: float = 0.1,
         max_length: int = 128,
         seed: int = 0,
@@ -215,6 +224,7 @@ class EarlyExitModel(PreTrainedModel):
             policy_width: Hidden width of the policy heads.
             policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"``.
             policy_shared: Whether the policy heads of all layers share their weights.
+            policy_answer: What the policy answers: ``"exit"`` or ``"pooled"``.
             dropout: On the state before an exit, in training.
             max_length: Tokens per text.
             seed: Decides the initial heads; torch's generator is left as it was.
@@ -239,6 +249,7 @@ class EarlyExitModel(PreTrainedModel):
             policy_width=policy_width,
             policy_inputs=policy_inputs,
             policy_shared=policy_shared,
+            policy_answer=policy_answer,
             dropout=dropout,
             max_tokens=max_length,
             id2label=dict(enumerate(names)),
@@ -289,6 +300,7 @@ class EarlyExitModel(PreTrainedModel):
 
     def view(self, layer: int, state: StepState) -> LayerView:
         """What a criterion sees after ``layer``: pooled state, exit logits and policy, computed when read."""
+        pool = self.answer_pool
         view = LayerView(
             layer,
             self.num_layers,
@@ -297,6 +309,7 @@ class EarlyExitModel(PreTrainedModel):
             state=lambda: self._pooled(layer, state),
             logits=lambda: self.exits.at(layer, view.state),
             exit_logit=lambda carry: self._exit_logit(view, carry),
+            answer=None if pool is None else lambda carry: pool.at(layer, view.logits, carry),
         )
         return view
 
@@ -398,12 +411,19 @@ class EarlyExitModel(PreTrainedModel):
 
     def exit_logits(self, states: Tensor, logits: Tensor) -> Tensor:
         """The policy's log-odds of Exit at layers 1..L-1, [B, L-1], from states [B, L, H] and logits [B, L, C]."""
-        return self.policy(every_policy_input(self.config.policy_inputs, states, logits))
+        return self.policy(every_policy_input(self.config.policy_inputs, states, self.answers(logits)))
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """What the policy answers at every layer, [B, L, C], from the exits' logits [B, L, C]."""
+        return logits if self.answer_pool is None else self.answer_pool(logits)
 
     def _exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
         """Log-odds of Exit of one layer, [B]; what the exits answered is remembered in the carry."""
         inputs = self.config.policy_inputs
-        figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.logits, carry)
+        # What the pool remembers must be kept up at every layer, whether the policy reads it or not.
+        if self.answer_pool is not None:
+            view.answer(carry)
+        figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.answer(carry), carry)
         state = None if inputs == "answers" else view.state
         return self.policy.at(view.layer, policy_input(inputs, state, figures))
 

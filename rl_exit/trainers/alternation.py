@@ -29,7 +29,7 @@ from rl_exit.trainers.finish import finish
 from rl_exit.trainers.hold_out import hold_out
 from rl_exit.trainers.initialised import take_initialised
 from rl_exit.trainers.policy_phase import PolicyPhaseSettings, PolicyProgress, train_policy
-from rl_exit.trainers.policy_store import policy_store
+from rl_exit.trainers.policy_store import fitted_pool, policy_store
 from rl_exit.trainers.rllib.registry import check_algorithm
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
 from rl_exit.trainers.store_evaluation import evaluate_store
@@ -157,6 +157,7 @@ class _Alternation:
             policy_width=c.model.policy_width,
             policy_inputs=c.policy.inputs,
             policy_shared=c.policy.shared,
+            policy_answer=c.policy.answer,
             dropout=c.model.dropout,
             max_length=c.model.max_length,
             seed=derive_seed(c.seed, "heads"),
@@ -236,8 +237,12 @@ class _Alternation:
         if self.writes:
             return train_on_blocks(self.run, self.display, number, model_path, settings, log)
         model = EarlyExitModel.from_pretrained(model_path)
+        kept = self._round(number) / "store-train"
+        if model.answer_pool is not None:
+            held = Instances.open(self.run.instances("held")).ids if c.policy.holdout else None
+            model.answer_pool = fitted_pool(StateStore.open(kept), held)
         with (
-            policy_store(self._round(number) / "store-train", c.policy.inputs) as store,
+            policy_store(kept, c.policy.inputs, model.answer_pool) as store,
             self.display.step(f"round {number}: policy ({c.algorithm})", c.policy.epochs) as progress,
         ):
             outcome = train_policy(
@@ -291,7 +296,7 @@ class _Alternation:
         store = StateStore.open(self._round(number) / "store-dev")
 
         def at(threshold: float) -> SplitResult:
-            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs)
+            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs, model.answer_pool)
 
         at_half = at(0.5)
         reference = self._reference(number, at_half.full_depth_score)
@@ -385,7 +390,7 @@ def best_round(outcomes: Sequence[dict[str, Any]], config: RunConfig) -> dict[st
 
 def policy_settings(config: RunConfig, seed: int) -> PolicyPhaseSettings:
     """The policy phase's plain values out of a configuration."""
-    policy = config.policy.model_dump(exclude={"inputs", "holdout", "instances"})
+    policy = config.policy.model_dump(exclude={"inputs", "answer", "holdout", "instances"})
     return PolicyPhaseSettings(
         algorithm=config.algorithm,
         # Of tokens whose store says "agrees" where others say "correct", it is the same reward.

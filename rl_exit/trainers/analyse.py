@@ -114,7 +114,9 @@ def _store(path: Path, results: dict[str, Any], split: str) -> StateStore:
 
 def _exits(path: Path, display: Display, dev: StateStore, model: EarlyExitModel, threshold: float) -> dict[str, Any]:
     """Fig. 2: the exits of both objectives on dev, on the same groups of instances: those of the finished model."""
-    left = exit_layers(exit_logits_of(dev, model.policy, model.config.policy_inputs), log_odds(threshold))
+    left = exit_layers(
+        exit_logits_of(dev, model.policy, model.config.policy_inputs, model.answer_pool), log_odds(threshold)
+    )
     before = _initial_logits(path, display, dev)
     labels = np.array(dev.labels)
     first = exit_figures(losses_of(before, labels), before.argmax(-1) == labels[:, None], left)
@@ -152,12 +154,16 @@ def _rewards(
     rewards: dict[str, Any] = {}
     total = sum(len(values) for values in alphas.values())
     inputs = model.config.policy_inputs
-    with policy_store(train.path, inputs) as store, display.step(f"{total} policies on the kept store", total) as bar:
+    pool = model.answer_pool
+    with (
+        policy_store(train.path, inputs, pool) as store,
+        display.step(f"{total} policies on the kept store", total) as bar,
+    ):
         for reward, values in alphas.items():
             points = []
             for alpha in values:
                 heads = _trained(config, store, model.policy, reward, alpha)
-                found = evaluate_store(dev, heads, results["metric"], PAPER_THRESHOLD, inputs)
+                found = evaluate_store(dev, heads, results["metric"], PAPER_THRESHOLD, inputs, pool)
                 rows.append(policy_row(reward, alpha, found))
                 points += points_of(found, alpha)
                 bar.update(len(rows), f"{reward}, alpha {alpha:g}: exit {found.mean_exit_layer:.2f}")

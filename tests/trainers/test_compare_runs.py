@@ -85,7 +85,13 @@ def made_instances(count: int, seed: int) -> Instances:
 def models(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for number, name in enumerate(("initial", "final")):
-        model = EarlyExitModel.from_backbone(str(tiny_backbone), ("animal", "tool"), policy_width=4, seed=number)
+        answer = "pooled" if name == "final" else "exit"
+        model = EarlyExitModel.from_backbone(
+            str(tiny_backbone), ("animal", "tool"), policy_width=4, policy_answer=answer, seed=number
+        )
+        if model.answer_pool is not None:
+            model.answer_pool.below.fill_(1.0)
+            model.answer_pool.bias[:, 1] += 0.2
         with torch.no_grad():  # policies and exits that tell instances apart
             model.policy.weight_out.mul_(20)
             for parameter in model.exits.parameters():
@@ -114,8 +120,12 @@ def test_scores_are_those_of_the_live_engine(make: Maker) -> None:
             above = np.concatenate([exits.scores[word].measured > cut, np.ones((30, 1), bool)], axis=1)
             layers = above.argmax(axis=1) + 1
             assert layers.tolist() == live.exit_layer.tolist(), (name, word)
-            rows = np.arange(30)
-            assert exits.split.predictions[rows, layers - 1].tolist() == live.logits.argmax(-1).tolist()
+            rows, own = np.arange(30), exits.scores[word].answers
+            told = exits.split.predictions if own is None else own
+            assert told[rows, layers - 1].tolist() == live.logits.argmax(-1).tolist()
+            assert (own is not None) == (word == "consistentee" and name == "final"), "the pooled model's policy alone"
+            if own is not None:
+                assert own.tolist() != exits.split.predictions.tolist()
             assert own_threshold(word, cut) == pytest.approx(threshold)
 
 
@@ -161,7 +171,10 @@ def test_a_second_call_reads_what_the_first_kept(make: Maker, monkeypatch: pytes
     path = make("one")
     first = run_evidence(RunDirectory.open(path), "test", WORDS, Silent())
     kept = load_file(path / "compare" / "final" / "test.safetensors")
-    assert set(kept) == {"ids", "labels", "predictions", *(f"score.{word}" for word in WORDS)}
+    assert set(kept) == {
+        *("ids", "labels", "predictions", "answers.consistentee"),
+        *(f"score.{word}" for word in WORDS),
+    }
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("computed again")
