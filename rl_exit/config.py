@@ -316,6 +316,10 @@ class GenerationConfig(Section):
         64, description="prompts of a split that are generated for, at full depth and with exits; usual 50-1000"
     )
     shown: NonNegative = Field(6, description="of these, how many the report shows side by side; usual 4-20")
+    points: NonNegative = Field(
+        6,
+        description="operating points of each rule (policy, CALM's three) in the report; 0: no comparison; usual 5-10",
+    )
     encoder: str = Field("minilm", description="encoder of BERTScore: 'minilm', a hub id, a folder, or 'none'")
 
 

@@ -239,6 +239,20 @@ class RunDirectory:
             raise RunError(f"{self.path}: cannot be resumed with another configuration: {changed}")
 
 
+def refuse_generation(path: Path, command: str) -> None:
+    """Refuse a decoder's run where a command is about labels.
+
+    Raises:
+        RunError: The run is one; where its comparison is found instead.
+    """
+    facts = path / "data" / "task.json"
+    if facts.is_file() and read_json(facts).get("kind") == "generation":
+        raise RunError(
+            f"{path}: 'rl-exit {command}' compares answers with labels, and this run's decoder writes text; its rules "
+            "stand side by side in report/index.html and evaluation.json"
+        )
+
+
 def changed_keys(there: RunConfig, here: RunConfig) -> str:
     """In what two configurations differ that decides a result, in words; empty where in nothing."""
     before, now = flat(there.model_dump(mode="json")), flat(here.model_dump(mode="json"))

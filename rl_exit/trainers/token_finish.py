@@ -92,8 +92,11 @@ def finish_generation(run: RunDirectory, display: Display, best: dict[str, Any])
     some = some.take(np.arange(min(len(some), COMPARED_EXAMPLES)))
     held = Instances.open(run.instances("held" if config.policy.holdout else "dev"))
     held = held.take(np.arange(min(len(held), 4 * COMPARED_EXAMPLES)))
-    with display.step("criteria side by side", 1):
-        rules = compare_rules(model, held, some, horizon=config.generation.max_new_tokens, seed=config.seed)
+    rules: dict[str, Any] = {}
+    points, horizon = config.generation.points, config.generation.max_new_tokens
+    if points:
+        with display.step("criteria side by side", 1):
+            rules = compare_rules(model, held, some, points=points, horizon=horizon, seed=config.seed)
     generation = {"splits": text, "criteria": {"split": compared, "examples": len(some), "rules": rules}}
     results = {
         "run_name": config.run_name,
