@@ -30,6 +30,27 @@ TINY = [
     "task.max_test=40",
 ]
 
+# In place of the built-in text and a decoder's sizes.
+WRITING = [
+    "name=documentation",
+    "task.name=local",
+    "task.kind=generation",
+    "task.path=data/prompts",
+    "task.max_train=24",
+    "task.max_dev=4",
+    "task.max_test=4",
+    "model.scratch.layers=2",
+    "model.scratch.hidden=16",
+    "model.scratch.heads=2",
+    "model.scratch.vocabulary=300",
+    "init.epochs=1",
+    "policy.epochs=1",
+    "generation.samples=2",
+    "generation.max_new_tokens=4",
+    "generation.points=1",
+    "generation.encoder=none",
+]
+
 
 def commands(page: Path) -> list[str]:
     """Lines of the ``sh`` blocks of a page, continued lines joined, comments removed."""
@@ -51,6 +72,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, tiny_tas
         folder / "data" / "mrpc",
         [{"sentence1": r["text"], "sentence2": r["text"], "label": int(r["label"] == "tool")} for r in rows],
     )
+    prompts = [{"prompt": "the old " + r["label"], "response": " " + r["text"]} for r in rows]
+    _write(folder / "data" / "prompts", prompts[:40])
     csv = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
     (folder / "tickets.csv").write_text("\n".join(csv) + "\n")
     (folder / "texts.txt").write_text("the old cat\na new hammer\n")
@@ -60,8 +83,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, tiny_tas
     built_in = ["task.name=local", f"task.path={tiny_task}"]
     shim = (
         f"#!{sys.executable}\nimport sys\nfrom rl_exit.cli import main\n"
-        f"if 'train' in sys.argv[1:2]:\n"
-        f"    words = ' '.join(sys.argv)\n"
+        f"words = ' '.join(sys.argv)\n"
+        f"if 'train' in sys.argv[1:2] and 'generation.yaml' in words: sys.argv += {WRITING!r}\n"
+        f"elif 'train' in sys.argv[1:2]:\n"
         f"    sys.argv += {TINY + local!r}\n"
         f"    if 'task.' not in words and 'stackoverflow' not in words: sys.argv += {built_in!r}\n"
         "main()\n"
