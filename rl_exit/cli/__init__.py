@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 # In the order in which --help lists their commands.
-from rl_exit.cli import models, studies, catalogue, benchmarks  # isort: skip
+from rl_exit.cli import models, generation, studies, catalogue, benchmarks  # isort: skip
 from rl_exit.cli.apps import app
 
-__all__ = ["app", "benchmarks", "catalogue", "main", "models", "studies"]
+__all__ = ["app", "benchmarks", "catalogue", "generation", "main", "models", "studies"]
 
 
 def main() -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rl_exit.cli.apps import app
-from rl_exit.cli.common import Json, Params, Rule, Words, print_json, print_results, print_table, split_words, told
+from rl_exit.cli.common import (
+    Json,
+    Params,
+    Rule,
+    Words,
+    print_json,
+    print_results,
+    print_table,
+    read_lines,
+    split_words,
+    told,
+)
 from rl_exit.errors import UserError
 
 
@@ -114,18 +124,7 @@ def _read_texts(
     assert file is not None
     if text_pair:
         raise UserError("--text-pair goes with --text; in a file a tab parts the two texts of a line")
-    try:
-        raw = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        # Only the ends of lines part texts, not the other characters at which Python's splitlines() cuts.
-        lines = [line.removesuffix("\r") for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{file}: is a folder; a text file is expected") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
-    if not lines:
-        raise UserError(f"{file}: holds no text")
+    lines = read_lines(file)
     tabs = {line.count("\t") for line in lines}
     if len(tabs) > 1 or max(tabs) > 1:
         found = " and ".join(str(count) for count in sorted(tabs)[:3])

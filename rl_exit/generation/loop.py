@@ -21,6 +21,9 @@ from rl_exit.generation.text import TextPieces
 if TYPE_CHECKING:
     from rl_exit.models.causal import EarlyExitCausalModel
 
+# Tokens of the prompt that are decoded with the first new ones; a character of Unicode takes four bytes at most.
+CONTEXT = 4
+
 Finish = Literal["eos", "stop", "length"]
 
 
@@ -89,12 +92,14 @@ def events(
         with_text: Whether events carry pieces of text (always so where stop strings must be found).
     """
     engine = Engine(model, len(prompts), max(map(len, prompts)) + settings.max_new_tokens)
-    wants_text = with_text or bool(settings.stop_strings)
+    stops = settings.stop_strings
     rows = [
         _Row(
-            number, settings.max_new_tokens, TextPieces(model.tokenizer, settings.stop_strings) if wants_text else None
+            number,
+            settings.max_new_tokens,
+            TextPieces(model.tokenizer, stops, prompt[-CONTEXT:]) if with_text or stops else None,
         )
-        for number in range(len(prompts))
+        for number, prompt in enumerate(prompts)
     ]
     first = engine.full(range(len(prompts)), prompts)
     loop = _lossless if settings.lossless else _plain

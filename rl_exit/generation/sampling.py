@@ -95,6 +95,21 @@ _WITHOUT_EFFECT = frozenset(
         "use_cache",
     }
 )
+# Words that are not offered, with the value at which they change nothing.
+_NEUTRAL: dict[str, Any] = {
+    "diversity_penalty": 0.0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "typical_p": 1.0,
+}
 _OWN = frozenset({"lossless", "draft_tokens", "seed"})
 _TAKEN = frozenset(
     {
@@ -131,15 +146,15 @@ def settings_of(
     Raises:
         ConfigError: A word that is unknown or not offered here, or a value out of range.
     """
-    neutral = GenerationConfig().to_dict()
+    known_words = GenerationConfig().to_dict()
     values: dict[str, Any] = {}
     for source, strict in ((_set(defaults), False), ({} if given is None else _set(given), True), (options, True)):
         for key, value in source.items():
             if key in _TAKEN or key in _OWN:
                 if value is not None:
                     values[key] = value
-            elif strict and key not in _WITHOUT_EFFECT and value is not None and value != neutral.get(key, _NOTHING):
-                known = key in neutral
+            elif strict and key not in _WITHOUT_EFFECT and value not in (None, False, _NEUTRAL.get(key)):
+                known = key in known_words
                 what = "is not offered here" if known else "is unknown"
                 hint = "" if known else nearest(key, _TAKEN | _OWN)
                 accepted = ", ".join(sorted(_TAKEN | _OWN))
@@ -202,9 +217,6 @@ class Chooser:
         if not self.settings.do_sample:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
-
-
-_NOTHING = object()
 
 
 def _set(config: GenerationConfig) -> dict[str, Any]:

@@ -16,20 +16,21 @@ class TextPieces:
     Args:
         tokenizer: Decodes.
         stop_strings: The text ends before the first of them.
+        context: Tokens before the first, so that a space between them and the text is seen.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = (), context: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop_strings = tuple(stop_strings)
         self.longest = max((len(stop) for stop in stop_strings), default=0)
-        self.tokens: list[int] = []
+        self.tokens = list(context)
         self.text = ""
         self.given = 0
         self.stopped = False
         # Tokens from `anchor` on are decoded; those before `settled` are in the text already. Starting a little before
         # the new ones keeps the space that tokenizers drop at a text's beginning.
         self.anchor = 0
-        self.settled = 0
+        self.settled = len(self.tokens)
 
     def add(self, token: int) -> str:
         """Take one more token and return what can be shown now."""

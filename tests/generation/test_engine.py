@@ -179,14 +179,14 @@ def test_layers_above_the_last_exit_are_not_run():
         for index, layer in enumerate(model.backbone.model.layers, 1)
     ]
     with torch.inference_mode():
-        engine = Engine(model, 3, 20)
-        engine.full(range(3), [[5, 6, 7], [8], [9, 10]])
+        engine = Engine(model, 5, 20)
+        engine.full(range(5), [[5, 6, 7], [8], [9, 10], [11], [12, 13, 14]])
         calls.clear()
-        plan = torch.tensor([[1, 3, 2]])
-        engine.step(range(3), [5, 6, 7], Planned(plan), torch.zeros(3))
+        plan = torch.tensor([[2, 3, 2, 1, 2]])
+        engine.step(range(5), [5, 6, 7, 8, 9], Planned(plan), torch.zeros(5))
     for hook in hooks:
         hook.remove()
-    assert calls == [(1, 3), (2, 2), (3, 1)]
+    assert calls == [(1, 5), (2, 4), (3, 1)]
 
 
 def test_what_tokens_owe_is_computed_in_one_product_when_a_later_token_comes():
@@ -198,11 +198,11 @@ def test_what_tokens_owe_is_computed_in_one_product_when_a_later_token_comes():
     plan = torch.tensor([[1], [2], [1], [3], [4], [4]])
     with torch.inference_mode():
         engine = Engine(model, 1, 20)
-        engine.full([0], [[5, 6, 7]])
+        engine.full([0], [[5, 6, 7, 8, 9]])
         for step in range(6):
             engine.step([0], [5 + step], Planned(plan), torch.tensor([step / 6]))
     hook.remove()
-    assert sizes == [3, 5, 1], "the prompt, four tokens that left below with the one that came, and one"
+    assert sizes == [5, 5, 1], "the prompt, four tokens that left below with the one that came, and one"
 
 
 def test_the_cache_is_allocated_once():
