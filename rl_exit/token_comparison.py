@@ -7,7 +7,7 @@ are those of the responses that the model is made to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -163,7 +163,7 @@ def calibrated_on_text(
     risks: list[Any] = []
     best: int | None = None
     for value in candidates:
-        at = type(rule)(**{**_fields(rule), "threshold": value})
+        at = replace(rule, threshold=value)
         table = tabulate(model, instances, at, horizon=horizon)
         differs = table.at_exit(table.chosen) != full.chosen[:, -1]
         risks.append(np.bincount(groups, weights=differs) / sizes)
@@ -177,11 +177,7 @@ def calibrated_on_text(
             f"criterion '{rule.name}': no threshold keeps the risk below {delta} with confidence {1 - level:g} on "
             f"{len(sizes)} calibration texts; give more of them, or a larger delta or level"
         )
-    return type(rule)(**{**_fields(rule), "threshold": candidates[best]}), tried
-
-
-def _fields(rule: Any) -> dict[str, Any]:
-    return {name: getattr(rule, name) for name in type(rule).__dataclass_fields__}
+    return replace(rule, threshold=candidates[best]), tried
 
 
 def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

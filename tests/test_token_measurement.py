@@ -13,7 +13,7 @@ from token_examples import examples
 from rl_exit.criteria import CALMSoftmax, ConsistentEE
 from rl_exit.errors import ConfigError
 from rl_exit.models.token_pass import run_text
-from rl_exit.token_comparison import agreeing_oracle, calibrated_on_text, compare_rules
+from rl_exit.token_comparison import agreeing_oracle, calibrated_on_text, compare_rules, fit_meta
 from rl_exit.token_measurement import judge, operating_points, tabulate
 from rl_exit.writing import write_texts
 
@@ -66,6 +66,8 @@ def test_side_by_side_has_every_rule_and_honest_ends(model, data):
 
 def test_learn_then_test_keeps_its_word_or_says_that_it_cannot(model):
     data = examples([24] * 60, [4] * 60)
+    meta, _ = calibrated_on_text(fit_meta(model, data), model, data, delta=0.9, grid=(1.0,))
+    assert meta.name == "calm_meta" and meta.threshold == 1.0
     rule, tried = calibrated_on_text(CALMSoftmax(0.5), model, data, delta=0.6, grid=(1.0, 0.9, 0.5, 0.0))
     risks = {row["threshold"]: row["risk"] for row in tried}
     assert risks[rule.threshold] < 0.6
