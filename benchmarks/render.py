@@ -27,6 +27,7 @@ from rl_exit.comparison.tables import (
 )
 from rl_exit.listings import GENERATION_HEADER, bench_rows, generation_rows
 from rl_exit.trainers.bench.learning_report import learning_rows, learning_svg
+from rl_exit.trainers.bench.writing_report import curve_rows, proven_rows, written_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
@@ -336,6 +337,34 @@ def clock(results: dict[str, Any]) -> str:
     return f"{origin}\n{markdown_table(header, rows)}"
 
 
+def curves(results: dict[str, Any]) -> str:
+    """Decoders: every rule at equal speeds, and what Learn-then-Test allows."""
+    if not results:
+        return "Nothing is recorded yet.\n"
+    parts = []
+    for tree in results.values():
+        seeds = ", ".join(str(seed["seed"]) for seed in tree["seeds"])
+        parts.append(
+            f"{tree['seeds'][0]['num_layers']} layers, seeds {seeds}: mean, least and greatest. "
+            f"{tree['examples']} examples of test that the model is made to say, {tree['prompts']} prompts that it "
+            f"goes on with for {tree['new_tokens']} tokens (`{tree['command']}`, {tree['date'][:10]}, torch "
+            f"{tree['versions']['torch']}).\n\n{markdown_table(*curve_rows(tree))}\n"
+            f"Learn-then-Test, at most {100 * tree['seeds'][0]['learn_then_test']['delta']:g} % of a response's tokens "
+            f"changed, with confidence {100 * (1 - tree['seeds'][0]['learn_then_test']['level']):g} %:\n\n"
+            f"{markdown_table(*proven_rows(tree))}"
+        )
+    return "\n".join(parts)
+
+
+def written(results: dict[str, Any]) -> str:
+    """Decoders: recorded runs."""
+    if not results:
+        return "Nothing is recorded yet.\n"
+    runs = {name.removeprefix("writing-"): run for name, run in results.items()}
+    origins = "".join(f"- {name}: {_origin(run)}\n" for name, run in sorted(runs.items()))
+    return f"{markdown_table(*written_rows(runs))}\n{origins}"
+
+
 # Marker -> (results file, table); of a name with a star, the table of all the files by name.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sampling": ("sampling", sampling),
@@ -350,6 +379,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "overhead": ("overhead", overhead),
     "serving": ("serving-load", serving),
     "trials": ("serving-*", trials),
+    "curves": ("curves-*", curves),
+    "written": ("writing-*", written),
 }
 # Image -> (results file, drawing).
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

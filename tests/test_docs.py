@@ -35,6 +35,27 @@ TINY = [
     "task.max_test=40",
 ]
 
+# In place of the built-in text and a decoder's sizes.
+WRITING = [
+    "name=documentation",
+    "task.name=local",
+    "task.kind=generation",
+    "task.path=data/prompts",
+    "task.max_train=24",
+    "task.max_dev=4",
+    "task.max_test=4",
+    "model.scratch.layers=2",
+    "model.scratch.hidden=16",
+    "model.scratch.heads=2",
+    "model.scratch.vocabulary=300",
+    "init.epochs=1",
+    "policy.epochs=1",
+    "generation.samples=2",
+    "generation.max_new_tokens=4",
+    "generation.points=1",
+    "generation.encoder=none",
+]
+
 
 def commands(page: Path) -> list[str]:
     """Lines of the ``sh`` blocks of a page, continued lines joined, comments removed."""
@@ -56,6 +77,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, tiny_tas
         folder / "data" / "mrpc",
         [{"sentence1": r["text"], "sentence2": r["text"], "label": int(r["label"] == "tool")} for r in rows],
     )
+    prompts = [{"prompt": "the old " + r["label"], "response": " " + r["text"]} for r in rows]
+    _write(folder / "data" / "prompts", prompts[:40])
     csv = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
     (folder / "tickets.csv").write_text("\n".join(csv) + "\n")
     _write_decoder(folder / "my-decoder", tiny_backbone)
@@ -115,7 +138,9 @@ def command(words: list[str]) -> None:
         effort = setup.Effort(repetitions=1, batches=1, stock_steps=128, stock_share=0.02, growth=-1)
         sampling.run.__defaults__ = ((setup.Size(2000, 4, 32),), effort)
 
-    if words[:1] == ["train"]:
+    if words[:1] == ["train"] and "generation.yaml" in " ".join(words):
+        words = [*words, *WRITING]
+    elif words[:1] == ["train"]:
         given = " ".join(words)
         words = [*words, *shlex.split(os.environ["RL_EXIT_TEST_WORDS"])]
         if "task." not in given and "stackoverflow" not in given:

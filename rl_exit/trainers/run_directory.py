@@ -269,6 +269,10 @@ class RunDirectory:
         self._kept = time.monotonic()
         self._keeping = self._kept - now
 
+    def instances(self, split: str) -> Path:
+        """File of the tokenised instances of a split."""
+        return (self.path / "data" / f"{split}.arrow").absolute()
+
     def seconds(self) -> dict[str, float]:
         """Seconds of every finished step in the order they were done."""
         markers = [_read_marker(path) for path in sorted(self._markers(), key=lambda path: path.stat().st_mtime)]
@@ -324,6 +328,20 @@ def _opened_mirror(config: RunConfig, *, resume: bool, overwrite: bool) -> Mirro
     else:
         mirror.open()
     return mirror
+
+
+def refuse_generation(path: Path, command: str) -> None:
+    """Refuse a decoder's run where a command is about labels.
+
+    Raises:
+        RunError: The run is one; where its comparison is found instead.
+    """
+    facts = path / "data" / "task.json"
+    if facts.is_file() and read_json(facts).get("kind") == "generation":
+        raise RunError(
+            f"{path}: 'rl-exit {command}' compares answers with labels, and this run's decoder writes text; its rules "
+            "stand side by side in report/index.html and evaluation.json"
+        )
 
 
 def changed_keys(there: RunConfig, here: RunConfig) -> str:
