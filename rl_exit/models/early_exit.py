@@ -269,6 +269,8 @@ class EarlyExitModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a saved model; a folder needs no network, anything else is a hub id.
 
+        A saved decoder comes back as :class:`rl_exit.models.causal.EarlyExitCausalModel`.
+
         Args:
             pretrained_model_name_or_path: Folder or hub id.
             *args: As in transformers.
@@ -277,6 +279,10 @@ class EarlyExitModel(PreTrainedModel):
         Raises:
             ModelError: Missing, no early-exit model, damaged, incomplete, or without tokenizer.
         """
+        if cls is EarlyExitModel and folder.kind(pretrained_model_name_or_path, kwargs) == "early_exit_causal":
+            from rl_exit.models.causal import EarlyExitCausalModel
+
+            return EarlyExitCausalModel.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return folder.load(cls, super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
 
     def save_pretrained(self, save_directory: Any, card: str | None = None, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ Shapes: B rows, T tokens (padded on the right), H hidden size, L layers. Layers 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,10 @@ class StepState:
     def length(self) -> int:
         """Padded number of tokens T."""
         return self.hidden.shape[1]
+
+    def with_hidden(self, hidden: Tensor) -> StepState:
+        """Return the same batch with other hidden states, [B, T, H]."""
+        return replace(self, hidden=hidden)
 
     def select(self, rows: Tensor, length: int | None = None) -> StepState:
         """Return the state of some rows, with right padding trimmed; positions stay as they are.
@@ -222,8 +226,7 @@ class SteppedBackbone(nn.Module):
             raise ValueError(f"layer must lie in 1..{self.num_layers}, not {layer}")
         mask = state.masks[self._reaches[layer - 1]]
         output = self._family.run_layer(self.model, layer - 1, state, mask)
-        hidden = output[0] if isinstance(output, tuple) else output
-        return StepState(hidden, state.attention_mask, state.lengths, state.masks, state.tables, self)
+        return state.with_hidden(output[0] if isinstance(output, tuple) else output)
 
     def hidden(self, layer: int, state: StepState) -> Tensor:
         """Return what exit `layer` reads, [B, T, H]; at layer L the model's ``last_hidden_state``.
@@ -232,8 +235,13 @@ class SteppedBackbone(nn.Module):
         (Llama, Qwen, GPT-2, GPT-NeoX, ModernBERT) the model's own final norm is applied, so that every exit reads
         states of the kind that the last layer gives.
         """
+        return self.final_norm(state.hidden)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm that follows the last layer; one that does nothing where layers end in a norm of their own."""
         norm = self._family.final_norm
-        return state.hidden if norm is None else norm(self.model)(state.hidden)
+        return nn.Identity() if norm is None else norm(self.model)
 
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
