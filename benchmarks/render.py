@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rl_exit.comparison.tables import (
     GROUP_HEADER,
     METHOD_HEADER,
@@ -142,6 +144,36 @@ def ablations(results: dict[str, dict[str, Any]]) -> str:
             f"**{tree['task']}**, {tree['split']}, seeds {', '.join(map(str, tree['seeds']))} pooled "
             f"(`{tree['command']}`, {tree['date'][:10]}, torch {tree['versions']['torch']}).\n\n"
             f"{markdown_table(header, rows)}"
+        )
+    return "\n".join(parts)
+
+
+def own_answers(results: dict[str, dict[str, Any]]) -> str:
+    """What the policy's own answers bring on instances kept from the exits, from benchmarks/answers.py."""
+    if not results:
+        return "Nothing is recorded yet.\n"
+    header = ["method", "no loss: saved layers %", "against the first", "within 1: saved layers %", "against the first"]
+    parts = []
+    for tree in results.values():
+        rows = []
+        for name, method in tree["methods"].items():
+            cells = [name]
+            for point in POINTS:
+                found = method[point]
+                gain = "" if not rows else gain_text(found["against_max_probability"])
+                cells += [f"{100 * found['saved_layers']:.1f}", gain]
+            rows.append(cells)
+        sizes = tree["sizes"][0]
+        scores = [
+            " ".join(f"{100 * value:.1f}" for value in np.mean(tree[key], axis=0))
+            for key in ("exit_scores", "own_scores")
+        ]
+        parts.append(
+            f"**{tree['task']}**: exits fitted to {sizes['exits']} instances, heads and policy to {sizes['policy']}, "
+            f"measured on {sizes['measured']} more of those kept from the exits; seeds "
+            f"{', '.join(map(str, tree['seeds']))} (`{tree['command']}`, {tree['date'][:10]}, torch "
+            f"{tree['versions']['torch']}). Accuracy of the exits: {scores[0]} %; of the policy's answers: "
+            f"{scores[1]} %.\n\n{markdown_table(header, rows)}"
         )
     return "\n".join(parts)
 
@@ -381,6 +413,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "trials": ("serving-*", trials),
     "curves": ("curves-*", curves),
     "written": ("writing-*", written),
+    "answers": ("answers-*", own_answers),
 }
 # Image -> (results file, drawing).
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
