@@ -225,7 +225,7 @@ def chaos(args: argparse.Namespace) -> dict[str, Any]:
                     killed.append(victims[0].pid)
                     victims[0].send_signal(signal.SIGKILL)
 
-        found, _ = await asyncio.gather(poisson(server.address, args.rate, args.seconds, 1), kill())
+        found, _ = await asyncio.gather(poisson(server.address, args.rate, args.seconds, 1, None, args.sizes), kill())
         async with aiohttp.ClientSession() as session, session.get(f"{server.address}/metrics") as response:
             lines = (await response.text()).splitlines()
         retries = next(float(line.split()[1]) for line in lines if line.startswith("rl_exit_retries_total"))
@@ -233,7 +233,12 @@ def chaos(args: argparse.Namespace) -> dict[str, Any]:
 
     with serving(args.model, f"--replicas={args.replicas}") as server:
         found = asyncio.run(run(server))
-    return {"replicas": args.replicas, **found, "lost": found["requests"] - found["answered"]}
+    return {
+        "replicas": args.replicas,
+        "texts_per_request": args.sizes,
+        **found,
+        "lost": found["requests"] - found["answered"],
+    }
 
 
 def soak(args: argparse.Namespace) -> dict[str, Any]:

@@ -212,6 +212,8 @@ def test_a_replica_killed_under_load_loses_no_request(server: Server) -> None:
     assert len(answers) > 16
     assert {status for status, _ in answers} == {200}
     assert all(len(found["predictions"]) == 32 for _, found in answers)
+    retries = next(line for line in server.get("/metrics").splitlines() if line.startswith("rl_exit_retries_total"))
+    assert float(retries.split()[1]) >= 1, "the kill must have hit a request on its way"
     assert not victims[0].is_running() or victims[0].status() == psutil.STATUS_ZOMBIE
 
 
