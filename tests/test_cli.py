@@ -31,6 +31,10 @@ COMMANDS = (
     "config validate",
     "bench sampling",
     "bench learning",
+    "bench inference",
+    "calibrate",
+    "profile",
+    "prune",
 )
 
 
