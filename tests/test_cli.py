@@ -39,6 +39,10 @@ COMMANDS = (
     "config validate",
     "bench sampling",
     "bench learning",
+    "bench inference",
+    "calibrate",
+    "profile",
+    "prune",
 )
 
 
