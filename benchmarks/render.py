@@ -429,8 +429,10 @@ def rendered(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:
         if "*" in file:
             paths = sorted(results.glob(f"{file}.json"))
             tree = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-        else:
+        elif (results / f"{file}.json").is_file():
             tree = json.loads((results / f"{file}.json").read_text(encoding="utf-8"))
+        else:
+            return f"{found[1]}Not recorded yet.\n{found[3]}"
         return f"{found[1]}{make(tree)}{found[3]}"
 
     return MARKED.sub(table, page)
