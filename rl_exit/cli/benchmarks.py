@@ -1,4 +1,4 @@
-"""Commands that measure this machine: bench sampling, bench learning, bench inference."""
+"""Commands that measure this machine: bench sampling, learning, inference, generation."""
 
 from __future__ import annotations
 
@@ -67,3 +67,21 @@ def bench_inference(
         print_json(results)
     else:
         print_table(inference_table(results))
+
+
+@bench_app.command("generation", epilog="Example: `rl-exit bench generation --quick`")
+@told
+def bench_generation(
+    quick: Annotated[bool, typer.Option("--quick", help="Short contexts and few repetitions.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tokens per second with exits against full depth, and the share of the saved layers that the clock shows."""
+    from rl_exit.listings import generation_table
+    from rl_exit.progress import Terminal
+    from rl_exit.trainers.bench.generation import run
+
+    results = run(quick, Terminal())
+    if as_json:
+        print_json(results)
+    else:
+        print_table(generation_table(results))
