@@ -132,7 +132,7 @@ def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Ste
 
     Args:
         model: In evaluation mode.
-        inside: Who runs; used up, unless nobody leaves it is not what is returned.
+        inside: Who runs; used up: go on with what is returned.
         criterion: Who leaves; the one that the rows entered with.
     """
     if not inside.state.masks:
