@@ -41,8 +41,11 @@ COMMANDS = (
     "bench learning",
     "bench inference",
     "calibrate",
+    "dial",
     "profile",
     "prune",
+    "generate",
+    "bench generation",
 )
 
 
