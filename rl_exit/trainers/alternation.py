@@ -23,7 +23,7 @@ from rl_exit.costs import read_costs, write_costs
 from rl_exit.data.instances import Instances
 from rl_exit.data.tasks import load_task, task_kind, tokenise
 from rl_exit.envs.state_store import StateStore
-from rl_exit.errors import UserError
+from rl_exit.errors import ConfigError, UserError
 from rl_exit.evaluation import SplitResult, check_metric, choose_threshold
 from rl_exit.files import read_json, telling_disk_errors, write_json
 from rl_exit.models.early_exit import EarlyExitModel
@@ -125,6 +125,8 @@ class _Alternation:
         self.config = run.config
         self.display = display
         self.writes = task_kind(run.config.task) == "generation"
+        if self.writes and run.config.reward.cost == "latency":
+            raise ConfigError("reward.cost = latency: for classifiers; a decoder that writes text is trained by layers")
 
     def initialise(self) -> None:
         """Do the steps before the first round."""
