@@ -35,16 +35,18 @@ from rl_exit.progress import Silent
 from rl_exit.seeding import derive_seed
 from rl_exit.trainers.alternation import policy_settings
 from rl_exit.trainers.policy_phase import train_policy
-from rl_exit.trainers.policy_store import policy_store
+from rl_exit.trainers.policy_store import fit_answers, policy_store
 from rl_exit.trainers.run_directory import RunDirectory, versions
-from rl_exit.trainers.store_evaluation import exit_logits_of
+from rl_exit.trainers.store_evaluation import answers_of, exit_logits_of
 from rl_exit.trainers.store_phase import build_store
 
 REPLICATES = 1000
 MOST = 8000  # Fitted instances that the variant "fitted" has, at most.
-# Name -> settings of the policy phase that differ from the run's, what the policy reads, and which instances it has.
+# Name -> settings of the policy phase that differ from the run's, what the policy reads and answers, and which
+# instances it has.
 VARIANTS: dict[str, dict[str, Any]] = {
     "evidence": {},
+    "answers as the exit does": {"answer": "exit"},
     "own weights at each layer": {"shared": False},
     "reads the state": {"inputs": "state", "shared": False, "epochs": 10},
     "reads both": {"inputs": "both", "epochs": 20},
@@ -58,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alpha 0.03": {"alpha": 0.03},
     "paper's policy": {
         "inputs": "state",
+        "answer": "exit",
         "shared": False,
         "epochs": 5,
         "lr": 1e-3,
@@ -73,12 +76,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Without a policy: on the exits, and on the policy's answers, to tell what they bring from what the policy does.
+BASELINES = ("max_probability", "max_probability on the policy's answers")
+
+
 def main() -> None:
     """Measure all variants and print JSON."""
     runs = [RunDirectory.open(Path(word)) for word in sys.argv[1:]]
     if not runs:
         raise SystemExit(__doc__)
-    figures: dict[str, dict[int, MethodFigures]] = {name: {} for name in (*VARIANTS, "max_probability")}
+    figures: dict[str, dict[int, MethodFigures]] = {name: {} for name in (*VARIANTS, *BASELINES)}
     for run in runs:
         for name, found in _measure(run).items():
             figures[name][run.config.seed] = found
@@ -138,20 +145,33 @@ def _measure(run: RunDirectory) -> dict[str, MethodFigures]:
         weights = resamples(len(logits), REPLICATES)
         reference = full_depth(split, weights, task["metric"])
 
-        def figures(scores: Any) -> MethodFigures:
-            return measure_method(Scores(scores), split, weights, reference, task["metric"])
+        kept = StateStore.open(first / "store-train")
+        # Store -> what the policy learns from there, and what it answers on the measured split.
+        own = {}
+        for source in (kept, fitted):
+            found_heads = fit_answers(source, derive_seed(run.config.seed, "answers", 1))
+            own[source.path] = found_heads.answers, answers_of(measured, found_heads.heads)
 
-        stored = StoredSplit.from_logits(measured.labels, logits)
-        found = {"max_probability": figures(scores_from_store(criterion("max_probability", threshold=0.5), stored))}
+        def figures(scores: Any, answers: Any) -> MethodFigures:
+            told = None if answers is None else answers.argmax(-1)
+            return measure_method(Scores(scores, answers=told), split, weights, reference, task["metric"])
+
+        found = {}
+        for baseline, answers in zip(BASELINES, (None, own[kept.path][1]), strict=True):
+            stored = StoredSplit.from_logits(measured.labels, logits if answers is None else answers)
+            scores = scores_from_store(criterion("max_probability", threshold=0.5), stored)
+            found[baseline] = figures(scores, answers)
         for variant, changes in VARIANTS.items():
             settings = dict(changes)
             inputs = settings.pop("inputs", run.config.policy.inputs)
-            source = fitted.path if settings.pop("fitted", False) else first / "store-train"
+            source = (fitted if settings.pop("fitted", False) else kept).path
+            answer = settings.pop("answer", run.config.policy.answer)
+            learnt, told = own[source] if answer == "own" else (None, None)
             phase = replace(policy_settings(run.config, derive_seed(run.config.seed, "policy", 1)), **settings)
             heads = PolicyHeads(model.num_layers, input_size(inputs, measured.hidden_size), phase.width, phase.shared)
-            with policy_store(source, inputs) as store:
+            with policy_store(source, inputs, learnt) as store:
                 heads.load_state_dict(train_policy(store, heads.state_dict(), phase).weights)
-            found[variant] = figures(exit_logits_of(measured, heads, inputs))
+            found[variant] = figures(exit_logits_of(measured, heads, inputs, told), told)
     return found
 
 

@@ -260,6 +260,68 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
     return "".join(lines)
 
 
+def chaos(results: dict[str, Any]) -> str:
+    """Faults, what was survived, and what was lost."""
+    header = ["fault", "runs", "survived", "equal result", "lost, median s", "lost, most s"]
+
+    def row(name: str, found: dict[str, Any]) -> list[str]:
+        lost = [
+            "-" if found[key] is None else f"{found[key]:.1f}" for key in ("lost_seconds_median", "lost_seconds_max")
+        ]
+        return [name, *(str(found[key]) for key in ("runs", "survived", "equal_result")), *lost]
+
+    rows = [row(name, found) for name, found in results["faults"].items()] + [row("all", results["total"])]
+    origin = f"`{results['command']}`, {results['date']}, {results['machine']}, Ray {results['versions']['ray']}.\n"
+    return markdown_table(header, rows) + "\n" + origin
+
+
+def scaling(results: dict[str, Any]) -> str:
+    """Constants and the simulated updates."""
+    c, a = results["constants"], results["assumptions"]
+    header = ["runners", "learners", "draw ms", "of it barrier ms", "driver ms", "learn ms", "strict ms", "overlap ms"]
+    names = ("draw", "barrier", "driver", "learn", "strict", "overlap")
+    rows = [
+        [str(row["runners"]), str(row["learners"]), *(f"{1e3 * row[name]:.1f}" for name in names)]
+        for row in results["rows"]
+    ]
+    lines = [f"{number} learner(s): {_limit(found)}" for number, found in results["limits"].items()]
+    return (
+        f"Per batch of 256: sample {1e3 * c['sample']:.2f} ms (spread {c['spread']:.2f}), learn {1e3 * c['learn']:.2f} "
+        f"ms, {c['answer_bytes'] / 1e3:.0f} kB of orders and answers; weights {c['weight_bytes'] / 1e6:.2f} MB; "
+        f"latency {1e3 * c['latency']:.2f} ms, order {1e6 * c['order']:.0f} us, answer {1e6 * c['answer']:.0f} us, put "
+        f"{1e3 * c['put']:.2f} ms. `{results['command']}`, {results['date']}, {results['cores']} cores, load average "
+        f"{results['load_average']}. Assumed: {a['runners_per_node']} runners a node, "
+        f"{a['bandwidth'] / 1e9:.2f} GB/s.\n\n"
+        + markdown_table(header, rows)
+        + "\n"
+        + "".join(f"- {x}\n" for x in lines)
+    )
+
+
+def _limit(found: dict[str, Any]) -> str:
+    if found["learner"] is not None:
+        return f"learning takes longer than drawing from {found['learner']} runners on"
+    if found["driver"] is not None:
+        return (
+            f"the learners never limit; the driver's calls take longer than all else from {found['driver']} runners on"
+        )
+    return "nothing limits up to 1000 runners"
+
+
+def overhead(results: dict[str, Any]) -> str:
+    """Seconds of a round on top of its work."""
+    header = ["round", "overhead s", "state store", "policy phase", "dev", "task step"]
+    rows = [
+        [str(row["round"]), *(f"{row.get(name, 0.0):.1f}" for name in ("overhead", "store", "policy", "dev", "task"))]
+        for row in results["rounds"]
+    ]
+    return markdown_table(header, rows) + (
+        f"\nInitialisation, which starts the Ray Train workers: {results['initialisation']:.1f} s. "
+        f"`{results['command']}`, {results['date']}, {results['cores']} cores, load average "
+        f"{results['load_average']}, Ray {results['versions']['ray']}.\n"
+    )
+
+
 # Marker -> (results file, table); of a name with a star, the table of all the files by name.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sampling": ("sampling", sampling),
@@ -270,6 +332,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "ablations": ("ablation-*", ablations),
     "serving": ("serving-load", serving),
     "trials": ("serving-*", trials),
+    "chaos": ("chaos", chaos),
+    "scaling": ("scaling", scaling),
+    "overhead": ("overhead", overhead),
 }
 # Image -> (results file, drawing).
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

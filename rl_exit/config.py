@@ -184,6 +184,10 @@ class PolicyConfig(Section):
         "answers",
         description="what the policy reads: the exits' answers so far, the hidden state (the paper's), or both",
     )
+    answer: Literal["exit", "own"] = Field(
+        "own",
+        description="what is answered on leaving: own, by heads fitted along with the policy; exit, as the paper",
+    )
     instances: Literal["held", "all"] = Field(
         "held", description="what the policy learns on where some are held out: those alone, or the whole training set"
     )
@@ -254,6 +258,23 @@ class StoreConfig(Section):
     num_workers: NonNegative = Field(
         0, description="Ray actors of one CPU that build it; 0 builds in this process; usual 0-64"
     )
+    use_gpu: bool = Field(False, description="one GPU per worker in place of the CPU (or this process's GPU)")
+
+
+class PlacementConfig(Section):
+    """How the run shares the cluster with itself and with others."""
+
+    workers: Literal["auto", "keep", "alternate"] = Field(
+        "auto",
+        description="between its turns a worker of task_step and store is kept (a round starts at once) or gives its "
+        "resources back (alternate); auto: kept where there is room",
+    )
+    timeout: Annotated[float, Field(gt=0.0)] = Field(
+        120.0, description="seconds to wait for resources that others hold before giving up; usual 60-3600"
+    )
+    autoscale: bool = Field(
+        False, description="the cluster grows on demand: ask it to and wait, in place of refusing what does not fit yet"
+    )
 
 
 class AlternationConfig(Section):
@@ -284,6 +305,7 @@ PAPER: dict[str, Any] = {
     "reward": {"name": "hardness", "alpha": 0.05},
     "policy": {
         "inputs": "state",
+        "answer": "exit",
         "shared": False,
         "holdout": 0.0,
         "epochs": 5,
@@ -310,6 +332,9 @@ class RunConfig(Section):
     )
     algorithm: str = Field("pg", description="pg, ppo, ... (rl-exit algorithms)")
     cluster: str = Field("local", description="local, or the address of a Ray cluster")
+    tracking: Literal["none", "mlflow", "wandb"] = Field(
+        "none", description="where metrics go besides TensorBoard and the run directory"
+    )
     keep_rounds: Literal["last", "all"] = Field("last", description="whose state stores stay on disk afterwards")
     task: TaskConfig = Field(default_factory=TaskConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -320,6 +345,7 @@ class RunConfig(Section):
     learners: LearnersConfig = Field(default_factory=LearnersConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
     task_step: TaskStepConfig = Field(default_factory=TaskStepConfig)
+    placement: PlacementConfig = Field(default_factory=PlacementConfig)
     alternation: AlternationConfig = Field(default_factory=AlternationConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
 

@@ -321,6 +321,7 @@ def evaluate(
     exit_logits: npt.ArrayLike,
     metric: str,
     threshold: float,
+    answers: npt.ArrayLike | None = None,
 ) -> SplitResult:
     """Measure one split from stored arrays.
 
@@ -331,6 +332,8 @@ def evaluate(
         exit_logits: [N, L-1], log-odds of Exit.
         metric: As :func:`score`.
         threshold: Operating point in [0, 1].
+        answers: [N, L, C], what is answered on leaving, where that is not what the exit says: score and curve are
+            theirs; full depth, the figures of each exit and the oracle are the exits'.
 
     Raises:
         ConfigError: The metric does not fit the classes.
@@ -343,6 +346,9 @@ def evaluate(
     truth, scores, loss, odds = (np.asarray(array) for array in (labels, logits, losses, exit_logits))
     count, layers, classes = _check(truth, scores, loss, odds, metric)
     guess = scores.argmax(-1)
+    given = scores if answers is None else np.asarray(answers)
+    if given.shape != scores.shape:
+        raise ValueError(f"answers {given.shape} do not fit logits {scores.shape}")
     correct = guess == truth[:, None]
     left = exit_layers(odds, log_odds(threshold))
     ideal = oracle_layers(correct)
@@ -355,7 +361,7 @@ def evaluate(
         num_layers=layers,
         threshold=float(threshold),
         full_depth_score=exit_scores[-1],
-        score=score(metric, truth, guess[rows, left - 1]),
+        score=score(metric, truth, given[rows, left - 1].argmax(-1)),
         mean_exit_layer=mean,
         saved_layers=1.0 - mean / layers,
         oracle_score=score(metric, truth, guess[rows, ideal - 1]),
@@ -364,7 +370,7 @@ def evaluate(
         exit_histogram=tuple(np.bincount(left - 1, minlength=layers).tolist()),
         exit_scores=exit_scores,
         exit_losses=tuple(loss.mean(axis=0, dtype=np.float64).tolist()),
-        curve=policy_curve(truth, scores, odds, metric, threshold),
+        curve=policy_curve(truth, given, odds, metric, threshold),
         histogram_by_class=_joint(truth, left, classes, layers),
         histogram_by_memorized=_joint(memorized_layer(correct) - 1, left, layers, layers),
     )

@@ -35,7 +35,7 @@ class EngineOutput:
     """Answers of N rows, in their order.
 
     Attributes:
-        logits: [N, C], of the exit at which each row left.
+        logits: [N, C], of the exit at which each row left, or the criterion's own answer there.
         exit_layer: [N] int64 on the CPU, 1..L.
     """
 

@@ -87,7 +87,7 @@ class Left:
     Attributes:
         layer: 1..L.
         rows: The caller's number of each, int64 [B'] on the CPU.
-        logits: [B', C] of that layer's exit, on the model's device.
+        logits: [B', C] of that layer's exit or the criterion's own answer there, on the model's device.
     """
 
     layer: int
@@ -141,13 +141,14 @@ def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Ste
     view = model.view(layer, state)
     rows, carry = inside.rows, inside.carry
     if layer == model.num_layers:
-        return Step(Left(layer, rows, view.logits), None)
+        return Step(Left(layer, rows, _said(criterion, layer, view, carry)), None)
     leave = criterion.leave(layer, view, carry).cpu()
     leaving = leave.nonzero().squeeze(1)
     if len(leaving) == 0:
         return Step(None, Survivors(layer, state, carry, rows))
+    said = _said(criterion, layer, view, carry)
     if len(leaving) == len(rows):
-        return Step(Left(layer, rows, view.logits), None)
+        return Step(Left(layer, rows, said), None)
     staying = (~leave).nonzero().squeeze(1)
     on_device = staying.to(state.hidden.device)
     stay = Survivors(
@@ -156,7 +157,7 @@ def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Ste
         compact(carry, on_device),
         rows[staying],
     )
-    return Step(Left(layer, rows[leaving], view.logits[leaving.to(view.logits.device)]), stay)
+    return Step(Left(layer, rows[leaving], said[leaving.to(said.device)]), stay)
 
 
 def join(groups: Sequence[Survivors]) -> Survivors:
@@ -177,6 +178,12 @@ def join(groups: Sequence[Survivors]) -> Survivors:
     carry = {key: torch.cat([group.carry[key] for group in groups]) for key in groups[0].carry}
     rows = torch.cat([group.rows for group in groups])
     return Survivors(groups[0].layer, join_states([group.state for group in groups]), carry, rows)
+
+
+def _said(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> Tensor:
+    """Logits [B, C] of what is answered here: the criterion's own answer where it has one, else the exit's."""
+    answer = getattr(criterion, "answer", None)
+    return view.logits if answer is None else answer(layer, view, carry)
 
 
 def _part(carry: Carry, rows: slice) -> Carry:

@@ -170,6 +170,8 @@ def test_config_show_is_a_configuration(tmp_path: Path) -> None:
         (("train", "nowhere.yaml"), "nowhere.yaml: no such configuration file"),
         (("train", "a.yaml", "b.yaml"), "one configuration file is accepted"),
         (("train", "algorithm=pgg"), "pgg"),
+        (("train", "algorithm=no_such_module.Algorithm"), "algorithm 'no_such_module.Algorithm': cannot be imported"),
+        (("train", "algorithm=rl_exit.errors.UserError"), "a subclass of"),
         (("train", "task.name=docstrngs"), "docstrings"),
         (("train", "task.name=local", "task.path=nowhere"), "nowhere"),
         (("evaluate", "nowhere"), "nowhere"),

@@ -73,6 +73,17 @@ def models(tiny_backbone: Path, tiny_llama: Path) -> dict[str, EarlyExitModel]:
         found[f"bert-{inputs}"] = EarlyExitModel.from_backbone(
             str(tiny_backbone), ("a", "b", "c"), pooling="mean", max_length=40, policy_inputs=inputs, policy_shared=True
         )
+    for inputs in ("answers", "state"):
+        found[f"bert-own-{inputs}"] = own = EarlyExitModel.from_backbone(
+            str(tiny_backbone),
+            ("a", "b", "c"),
+            pooling="mean",
+            max_length=40,
+            policy_inputs=inputs,
+            policy_answer="own",
+        )
+        for value in own.answer_heads.buffers():
+            value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(2)))
     found["llama-last"] = EarlyExitModel.from_backbone(str(tiny_llama), ("a", "b", "c"), max_length=40)
     sample = instances_of([random.Random(i).randint(1, 40) for i in range(50)], seed=1).batch(range(50))
     with torch.no_grad():
@@ -233,7 +244,7 @@ def test_the_reference_tells_neighbouring_exits_apart(models):
         assert (logits[:, 1:] - logits[:, :-1]).abs().amax(-1).min() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["bert-mean", "llama-last"])
+@pytest.mark.parametrize("name", ["bert-mean", "llama-last", "bert-own-answers", "bert-own-state"])
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_policy_exits_are_those_of_the_rule(models, name, batch_size):
     model = models[name]
@@ -246,7 +257,14 @@ def test_policy_exits_are_those_of_the_rule(models, name, batch_size):
     assert len(expected.unique()) >= 3
     out = run_instances(model, rows, ConsistentEE(0.5), batch_size)
     assert torch.equal(out.exit_layer, expected)
-    torch.testing.assert_close(out.logits, every.logits[torch.arange(50), expected - 1], atol=1e-5, rtol=0)
+    told = model.answers(every.states, every.logits)[torch.arange(50), expected - 1]
+    torch.testing.assert_close(out.logits, told, atol=1e-5, rtol=0)
+    if model.answer_heads is not None:
+        plain = every.logits[torch.arange(50), expected - 1]
+        assert (plain - told).abs().max() > 0.1, "the heads must matter"
+        rule = criterion("fixed", depth=2)
+        by_depth = run_instances(model, rows, rule, batch_size).logits
+        torch.testing.assert_close(by_depth, every.logits[:, 1], atol=1e-5, rtol=0)
 
 
 def test_layers_are_really_skipped(model):

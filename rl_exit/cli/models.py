@@ -32,8 +32,11 @@ def train(
     from rl_exit.progress import Silent, Terminal
     from rl_exit.trainers.alternation import train as run
 
-    with ray_session(config):
-        results = run(config, Silent() if quiet else Terminal(), resume=resume, overwrite=overwrite)
+    with ray_session(config) as plan:
+        display = Silent() if quiet else Terminal()
+        if plan.phases:
+            display.say(plan.describe())
+        results = run(config, display, resume=resume, overwrite=overwrite, kept=plan.kept)
     _show_results(results, config.run_dir, as_json)
 
 

@@ -59,11 +59,15 @@ class Scores:
         measured: [N, L-1] on the split that is measured.
         dev: [N', L-1] on dev, for the threshold chosen there; None where dev is what is measured.
         threshold: From a cut to the criterion's own threshold; None where they are the same.
+        answers: [N, L], class that the criterion answers on leaving, where that is not what the exit says.
+        dev_answers: [N', L], the same on dev.
     """
 
     measured: FloatArray
     dev: FloatArray | None = None
     threshold: Callable[[float], float] | None = None
+    answers: IntArray | None = None
+    dev_answers: IntArray | None = None
 
 
 @dataclass(frozen=True, eq=False)

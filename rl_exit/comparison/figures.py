@@ -79,16 +79,22 @@ def measure_method(
     Raises:
         ValueError: Shapes that do not fit.
     """
+    split = _answered(split, scores.answers)
     found = measure_at(scores.measured, cuts_of(scores.measured), split, weights, reference, metric)
     moved: dict[str, Point] = {}
     on_dev: dict[str, Point] = {}
     if dev is not None and scores.dev is not None:
         cuts = cuts_of(scores.dev)
-        chosen = measure_at(scores.dev, cuts, *dev, metric)
+        chosen = measure_at(scores.dev, cuts, _answered(dev[0], scores.dev_answers), *dev[1:], metric)
         on_dev = _own(chosen.points, scores)
         here = measure_at(scores.measured, cuts, split, weights, reference, metric, chosen.index)
         moved = _own(here.points, scores)
     return MethodFigures(_own(found.points, scores), moved, on_dev, found.area, found.curve)
+
+
+def _answered(split: Split, answers: npt.NDArray[np.int64] | None) -> Split:
+    """The split with a criterion's own answers in place of the exits'."""
+    return split if answers is None else replace(split, predictions=answers)
 
 
 def _own(points: Mapping[str, Point], scores: Scores) -> dict[str, Point]:

@@ -53,6 +53,7 @@ class LayerView:
         state: Callable[[], Tensor],
         logits: Callable[[], Tensor],
         exit_logit: Callable[[Carry], Tensor],
+        answer: Callable[[], Tensor] | None = None,
     ) -> None:
         """Set the parts.
 
@@ -65,6 +66,7 @@ class LayerView:
             logits: Gives the exit's logits [B, C].
             exit_logit: Gives the policy's log-odds of Exit [B] and keeps in the carry what it must remember; not called
                 at layer L.
+            answer: Gives what the policy answers [B, C]; None: what the exit says.
         """
         self.layer = layer
         self.num_layers = num_layers
@@ -73,6 +75,7 @@ class LayerView:
         self._state = state
         self._logits = logits
         self._exit_logit = exit_logit
+        self._answer = answer
 
     @cached_property
     def state(self) -> Tensor:
@@ -83,6 +86,11 @@ class LayerView:
     def logits(self) -> Tensor:
         """Logits of the layer's exit, [B, C]."""
         return self._logits()
+
+    @cached_property
+    def answer(self) -> Tensor:
+        """What the policy answers for rows that leave here, logits [B, C]."""
+        return self.logits if self._answer is None else self._answer()
 
     def exit_logit(self, carry: Carry) -> Tensor:
         """The policy's log-odds of Exit, [B]; ``pi = sigmoid``.

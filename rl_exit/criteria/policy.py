@@ -28,6 +28,10 @@ class ConsistentEE(Scored):
         """Log-odds of Exit, which keep their order where pi is 1; see :meth:`rl_exit.criteria.base.Scored.score`."""
         return view.exit_logit(carry)
 
+    def answer(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
+        """What the policy answers, [B, C]: where the model has heads for it, theirs; else what the exit says."""
+        return view.answer
+
     def leave(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
         """``pi > threshold``, compared as log-odds."""
         return self.score(layer, view, carry).float() > log_odds(self.threshold)

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rl_exit.models.causal import EarlyExitCausalConfig, EarlyExitCausalModel, TokenScores
     from rl_exit.models.early_exit import AllExits, EarlyExitConfig, EarlyExitModel, EarlyExitOutput, Prediction
     from rl_exit.models.exits import ExitHeads
     from rl_exit.models.lora import add_lora, merge_lora
@@ -18,18 +19,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AllExits",
+    "EarlyExitCausalConfig",
+    "EarlyExitCausalModel",
     "EarlyExitConfig",
     "EarlyExitModel",
     "EarlyExitOutput",
     "ExitHeads",
     "PolicyHeads",
     "Prediction",
+    "TokenScores",
     "add_lora",
     "merge_lora",
 ]
 
 _HOME = {
     "AllExits": "early_exit",
+    "EarlyExitCausalConfig": "causal",
+    "EarlyExitCausalModel": "causal",
+    "TokenScores": "causal",
     "EarlyExitConfig": "early_exit",
     "EarlyExitModel": "early_exit",
     "EarlyExitOutput": "early_exit",

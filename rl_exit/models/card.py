@@ -66,6 +66,61 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+CAUSAL_USAGE = """\
+```python
+from rl_exit import EarlyExitModel
+
+model = EarlyExitModel.from_pretrained("{where}")
+for answer in model.generate(["Once upon a time"], max_new_tokens=50):
+    print(answer.text, answer.exit_layers)
+```
+
+Each token leaves at its own layer; the layers above are not computed for it. `model.generate(texts, threshold=...)`
+moves along the trade-off: a higher threshold leaves later.
+"""
+
+
+def causal_card(
+    config: Any,
+    exit_layers: Sequence[int],
+    results: Sequence[Mapping[str, str | float | int]] = (),
+    notes: str = "",
+    where: str = "path/to/this/folder",
+) -> str:
+    """Write the card of a decoder.
+
+    Args:
+        config: The model's :class:`~rl_exit.models.causal.EarlyExitCausalConfig`.
+        exit_layers: Layers with an exit; the last is L.
+        results: Rows of the results table, all with the same keys; floats are shown with four digits.
+        notes: Further Markdown after the table.
+        where: Folder or hub id for the usage snippet.
+    """
+    header: dict[str, Any] = {
+        "library_name": "rl-exit",
+        "pipeline_tag": "text-generation",
+        "tags": ["early-exit", "ConsistentEE", "text-generation"],
+    }
+    if config.backbone_name and not config.backbone_name.startswith((".", "/", "~")):
+        header["base_model"] = config.backbone_name
+    adapter = f" and an adapter of rank {config.exit_rank}" if config.exit_rank else ""
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# Early-exit decoder{f' for {config.task}' if config.task else ''}",
+        f"A {exit_layers[-1]}-layer {config.backbone.get('model_type', '')} decoder with exits after layers "
+        f"{', '.join(map(str, exit_layers))} (each a norm{adapter} before the model's own head) and a learned exit "
+        f"policy (ConsistentEE, AAAI 2024), made with rl-exit {__version__}. A token leaves at the first exit where "
+        f"the policy's probability of Exit is over {config.threshold:g}; deeper layers see its state of the "
+        "layer where it left.",
+    ]
+    if results:
+        parts += ["## Results", _table(results)]
+    if notes:
+        parts.append(notes.strip())
+    parts += ["## Use", CAUSAL_USAGE.format(where=where).strip()]
+    return "\n\n".join(parts) + "\n"
+
+
 def _table(rows: Sequence[Mapping[str, str | float | int]]) -> str:
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]

@@ -27,6 +27,7 @@ from rl_exit.criteria import Carry, ConsistentEE, Criterion, LayerView
 from rl_exit.errors import ModelError
 from rl_exit.inference import run_batch, run_texts
 from rl_exit.models import folder, pretrained
+from rl_exit.models.answer_heads import ANSWERS, Answer, AnswerHeads
 from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_input, input_size, policy_input
 from rl_exit.models.backbones import StepState, step_backbone
 from rl_exit.models.choices import chosen_rule
@@ -47,6 +48,7 @@ class EarlyExitConfig(PretrainedConfig):
         policy_width: W, hidden width of the policy heads.
         policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"`` (:mod:`rl_exit.models.answers`).
         policy_shared: Whether the policy heads of all layers share their weights.
+        policy_answer: What the policy answers: ``"exit"`` or ``"own"`` (:mod:`rl_exit.models.answer_heads`).
         dropout: On the state before an exit, in training.
         max_tokens: Tokens per text, longer are cut (``max_length`` is a word of text generation in transformers).
         threshold: Operating point: leave at the first ``pi > threshold``.
@@ -68,6 +70,7 @@ class EarlyExitConfig(PretrainedConfig):
         policy_width: int = 64,
         policy_inputs: Inputs = "state",
         policy_shared: bool = False,
+        policy_answer: Answer = "exit",
         dropout: float = 0.1,
         max_tokens: int = 128,
         threshold: float = 0.5,
@@ -82,6 +85,7 @@ class EarlyExitConfig(PretrainedConfig):
         self.policy_width = policy_width
         self.policy_inputs = policy_inputs
         self.policy_shared = policy_shared
+        self.policy_answer = policy_answer
         self.dropout = dropout
         self.max_tokens = max_tokens
         self.threshold = threshold
@@ -151,6 +155,7 @@ class EarlyExitModel(PreTrainedModel):
         backbone: The stepped backbone; ``backbone.model`` is the Hugging Face model.
         exits: Exit classifiers.
         policy: Exit policy.
+        answer_heads: What the policy answers when a row leaves; None: what the exit says.
         tokenizer: Its tokenizer (None on a model made from a configuration alone).
         num_layers: L.
     """
@@ -181,6 +186,10 @@ class EarlyExitModel(PreTrainedModel):
         self.policy = PolicyHeads(
             self.num_layers, input_size(config.policy_inputs, hidden), config.policy_width, config.policy_shared
         )
+        if config.policy_answer not in ANSWERS:
+            raise ModelError(f"policy_answer '{config.policy_answer}' is unknown; accepted: {', '.join(ANSWERS)}")
+        own = config.policy_answer == "own"
+        self.answer_heads = AnswerHeads(self.num_layers, hidden, config.num_labels) if own else None
         self.tokenizer: Any = None
         self._quick: QuickPolicy | None = None
         self.post_init()
@@ -207,6 +216,7 @@ class EarlyExitModel(PreTrainedModel):
         policy_width: int = 64,
         policy_inputs: Inputs = "state",
         policy_shared: bool = False,
+        policy_answer: Answer = "exit",
         dropout: float = 0.1,
         max_length: int = 128,
         seed: int = 0,
@@ -221,6 +231,7 @@ class EarlyExitModel(PreTrainedModel):
             policy_width: Hidden width of the policy heads.
             policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"``.
             policy_shared: Whether the policy heads of all layers share their weights.
+            policy_answer: What the policy answers: ``"exit"`` or ``"own"``.
             dropout: On the state before an exit, in training.
             max_length: Tokens per text.
             seed: Decides the initial heads; torch's generator is left as it was.
@@ -245,6 +256,7 @@ class EarlyExitModel(PreTrainedModel):
             policy_width=policy_width,
             policy_inputs=policy_inputs,
             policy_shared=policy_shared,
+            policy_answer=policy_answer,
             dropout=dropout,
             max_tokens=max_length,
             id2label=dict(enumerate(names)),
@@ -263,6 +275,8 @@ class EarlyExitModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a saved model; a folder needs no network, anything else is a hub id.
 
+        A saved decoder comes back as :class:`rl_exit.models.causal.EarlyExitCausalModel`.
+
         Args:
             pretrained_model_name_or_path: Folder or hub id.
             *args: As in transformers.
@@ -271,6 +285,10 @@ class EarlyExitModel(PreTrainedModel):
         Raises:
             ModelError: Missing, no early-exit model, damaged, incomplete, or without tokenizer.
         """
+        if cls is EarlyExitModel and folder.kind(pretrained_model_name_or_path, kwargs) == "early_exit_causal":
+            from rl_exit.models.causal import EarlyExitCausalModel
+
+            return EarlyExitCausalModel.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return folder.load(cls, super().from_pretrained, pretrained_model_name_or_path, args, kwargs)
 
     def save_pretrained(self, save_directory: Any, card: str | None = None, **kwargs: Any) -> None:
@@ -289,6 +307,7 @@ class EarlyExitModel(PreTrainedModel):
 
     def view(self, layer: int, state: StepState) -> LayerView:
         """What a criterion sees after ``layer``: pooled state, exit logits and policy, computed when read."""
+        heads = self.answer_heads
         view = LayerView(
             layer,
             self.num_layers,
@@ -297,6 +316,7 @@ class EarlyExitModel(PreTrainedModel):
             state=lambda: self._pooled(layer, state),
             logits=lambda: self.exits.at(layer, view.state),
             exit_logit=lambda carry: self._exit_logit(view, carry),
+            answer=None if heads is None else lambda: heads.at(layer, view.state, view.logits),
         )
         return view
 
@@ -429,14 +449,18 @@ class EarlyExitModel(PreTrainedModel):
 
     def exit_logits(self, states: Tensor, logits: Tensor) -> Tensor:
         """The policy's log-odds of Exit at layers 1..L-1, [B, L-1], from states [B, L, H] and logits [B, L, C]."""
-        return self.policy(every_policy_input(self.config.policy_inputs, states, logits))
+        return self.policy(every_policy_input(self.config.policy_inputs, states, self.answers(states, logits)))
+
+    def answers(self, states: Tensor, logits: Tensor) -> Tensor:
+        """What the policy answers at every layer, [B, L, C], from states [B, L, H] and the exits' logits [B, L, C]."""
+        return logits if self.answer_heads is None else self.answer_heads(states, logits)
 
     def _exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
         """Log-odds of Exit of one layer, [B]; what the exits answered is remembered in the carry."""
         inputs = self.config.policy_inputs
-        if inputs == "answers" and (quick := self._quick_policy(view.logits)) is not None:
-            return quick.at(view.layer, view.logits, carry)
-        figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.logits, carry)
+        if inputs == "answers" and (quick := self._quick_policy(view.answer)) is not None:
+            return quick.at(view.layer, view.answer, carry)
+        figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.answer, carry)
         state = None if inputs == "answers" else view.state
         return self.policy.at(view.layer, policy_input(inputs, state, figures))
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import cached_file
+
 from rl_exit.errors import ModelError
 from rl_exit.files import atomic_folder, telling_disk_errors
 from rl_exit.models import pretrained
@@ -15,14 +17,42 @@ from rl_exit.models.card import model_card
 from rl_exit.models.lora import has_lora
 
 if TYPE_CHECKING:
+    from rl_exit.models.causal import EarlyExitCausalModel
     from rl_exit.models.early_exit import EarlyExitModel
 
 # Which arguments of from_pretrained the tokenizer's loading shares.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
+def kind(name: Any, options: Mapping[str, Any]) -> str | None:
+    """The ``model_type`` of a saved model, None where it cannot be told (then loading says what is wrong).
+
+    Args:
+        name: Folder or hub id.
+        options: Keyword arguments of from_pretrained; those that choose a place count.
+    """
+    path = Path(str(name)).expanduser()
+    if path.is_dir():
+        file: Path | None = path / "config.json"
+    else:
+        source = pretrained.find_source(str(name))
+        shared = {key: options[key] for key in _HUB_OPTIONS if key in options}
+        with pretrained.quiet():
+            found = cached_file(source.path, "config.json", **{**shared, **source.options}, **pretrained.SILENT)
+        file = None if found is None else Path(found)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file else None
+    except (OSError, ValueError):
+        return None
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
 def load(
-    cls: type[EarlyExitModel], loader: Callable[..., Any], name: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    cls: type[EarlyExitModel | EarlyExitCausalModel],
+    loader: Callable[..., Any],
+    name: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> Any:
     """Read a saved model through transformers' own ``loader``; its problems become one message.
 
@@ -65,7 +95,11 @@ def load(
 
 
 def save(
-    model: EarlyExitModel, saver: Callable[..., Any], target: Path, card: str | None, kwargs: Mapping[str, Any]
+    model: EarlyExitModel | EarlyExitCausalModel,
+    saver: Callable[..., Any],
+    target: Path,
+    card: str | None,
+    kwargs: Mapping[str, Any],
 ) -> None:
     """Write a model through transformers' own ``saver``; what was there before stays whole until all is written.
 
@@ -149,7 +183,9 @@ _OWN_FILES = frozenset(
     {
         "README.md",
         "added_tokens.json",
+        "chat_template.jinja",
         "config.json",
+        "generation_config.json",
         "merges.txt",
         "model.safetensors",
         "sentencepiece.bpe.model",

@@ -75,11 +75,12 @@ class Pretrained:
     origin: str
 
 
-def load_backbone(name: str) -> Pretrained:
+def load_backbone(name: str, auto: Any = AutoModel) -> Pretrained:
     """Load a pretrained backbone with its tokenizer.
 
     Args:
         name: ``"minilm"``, a folder, or a hub id.
+        auto: The class of transformers that loads it; ``AutoModelForCausalLM`` keeps the head over the vocabulary.
 
     Raises:
         ModelError: It cannot be found, reached, verified or read, or some of its weights are missing.
@@ -93,7 +94,7 @@ def load_backbone(name: str) -> Pretrained:
             )
         if source.is_folder:
             refuse_pickle(Path(source.path))
-        model, info = AutoModel.from_pretrained(
+        model, info = auto.from_pretrained(
             source.path,
             config=config,
             trust_remote_code=False,
@@ -164,7 +165,7 @@ def find_source(name: str) -> Source:
         return Source(name, name, is_folder=False)
     offline: dict[str, Any] = {"local_files_only": True}
     with quiet():
-        held = cached_file(name, "config.json", **offline, **_SILENT)
+        held = cached_file(name, "config.json", **offline, **SILENT)
     if held is None:
         raise ModelError(
             f"'{name}': no such folder here, and the hub ({_endpoint()}) cannot be reached to look for a model of that "
@@ -277,7 +278,7 @@ def _sentence_pooling(source: Source) -> Pooling | None:
         found = str(path) if path.is_file() else None
     else:
         with quiet():
-            found = cached_file(source.path, "1_Pooling/config.json", **source.options, **_SILENT)
+            found = cached_file(source.path, "1_Pooling/config.json", **source.options, **SILENT)
     if found is None:
         return None
     try:
@@ -314,7 +315,7 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 _OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
-_SILENT: dict[str, Any] = {
+SILENT: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
     "_raise_exceptions_for_gated_repo": False,

@@ -8,17 +8,17 @@ serve. The round with the best dev result becomes the model.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from rl_exit.config import OptimConfig, RunConfig
-from rl_exit.costs import read_costs, write_costs
 from rl_exit.data.instances import Instances
 from rl_exit.data.tasks import load_task, tokenise
 from rl_exit.envs.state_store import StateStore
@@ -26,7 +26,6 @@ from rl_exit.errors import UserError
 from rl_exit.evaluation import SplitResult, check_metric, choose_threshold
 from rl_exit.files import read_json, telling_disk_errors, write_json
 from rl_exit.models.early_exit import EarlyExitModel
-from rl_exit.profiling import FEWEST, profile
 from rl_exit.progress import Display, Progress
 from rl_exit.report import write_report
 from rl_exit.seeding import derive_seed
@@ -34,15 +33,25 @@ from rl_exit.trainers.exit_training import ExitTraining, LoraSettings, objective
 from rl_exit.trainers.finish import finish
 from rl_exit.trainers.initialised import take_initialised
 from rl_exit.trainers.policy_phase import PolicyPhaseSettings, PolicyProgress, train_policy
-from rl_exit.trainers.policy_store import policy_store
-from rl_exit.trainers.rllib.registry import check_algorithm
+from rl_exit.trainers.policy_store import fit_answers, policy_store
+from rl_exit.trainers.rllib.registry import algorithm_class, check_algorithm
+from rl_exit.trainers.run_clock import outlook, policy_in_words
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
-from rl_exit.trainers.store_evaluation import evaluate_store
+from rl_exit.trainers.store_evaluation import answers_of, evaluate_store
 from rl_exit.trainers.store_phase import build_store
 from rl_exit.trainers.supervised import OptimSettings
+from rl_exit.trainers.tracking import check_tracking, tracked
+from rl_exit.trainers.workers import Workers
 
 
-def train(config: RunConfig, display: Display, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    display: Display,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    kept: Collection[str] = (),
+) -> dict[str, Any]:
     """Do a run from its configuration to its results.
 
     Args:
@@ -50,6 +59,7 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, overwrit
         display: Where progress is shown.
         resume: Go on with an interrupted run.
         overwrite: Replace a run of the same name.
+        kept: Keys of the workers that stay between their turns (``rl_exit.cluster.plan``).
 
     Returns:
         The contents of results.json.
@@ -58,13 +68,17 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, overwrit
         UserError: Anything the user can mend, in one message.
     """
     check_algorithm(config.algorithm)
+    if "." in config.algorithm:  # a path that leads nowhere is told now, not after the initialisation
+        algorithm_class(config.algorithm)
+    check_tracking(config)
     with RunDirectory.locked(config.run_dir), telling_disk_errors(config.run_dir):
         run = RunDirectory.create(config, resume=resume, overwrite=overwrite)
         if run.result("report") is not None:
             display.say(f"{run.path}: this run is finished; its results:")
         else:
             try:
-                _Alternation(run, display).go()
+                with Workers(config, run.path / ".train", kept) as workers, tracked(run):
+                    _Alternation(run, display, workers).go()
             except UserError:
                 run.discard_if_empty()
                 raise
@@ -87,7 +101,8 @@ def initialise(config: RunConfig, display: Display) -> Path:
     with RunDirectory.locked(config.run_dir), telling_disk_errors(config.run_dir):
         run = RunDirectory.create(config, resume=True)
         try:
-            _Alternation(run, display).initialise()
+            with Workers(config, run.path / ".train") as workers:
+                _Alternation(run, display, workers).initialise()
         except UserError:
             run.discard_if_empty()
             raise
@@ -98,8 +113,9 @@ def initialise(config: RunConfig, display: Display) -> Path:
 class _Alternation:
     """The steps of one run, in order; each is skipped when its marker is there."""
 
-    def __init__(self, run: RunDirectory, display: Display) -> None:
+    def __init__(self, run: RunDirectory, display: Display, workers: Workers) -> None:
         self.run = run
+        self.workers = workers
         self.config = run.config
         self.display = display
 
@@ -128,6 +144,7 @@ class _Alternation:
             if number == last or number - chosen["round"] >= self.config.alternation.patience:
                 break
             self.run.run_step(f"round-{number}-task", partial(self._task, number), "task", number)
+            self.display.say(outlook(self.run.seconds(), self.config.alternation.rounds))
             model = folder / "trained"
         self.run.run_step("final", lambda log: finish(self.run, self.display, chosen), "final")
         self.run.run_step("report", lambda log: self._report(chosen["round"]), "report")
@@ -153,6 +170,7 @@ class _Alternation:
             policy_width=c.model.policy_width,
             policy_inputs=c.policy.inputs,
             policy_shared=c.policy.shared,
+            policy_answer=c.policy.answer,
             dropout=c.model.dropout,
             max_length=c.model.max_length,
             seed=derive_seed(c.seed, "heads"),
@@ -205,11 +223,14 @@ class _Alternation:
     def _store(self, number: int, model_path: Path, log: MetricLog) -> dict[str, Any]:
         c = self.config
         model = EarlyExitModel.from_pretrained(model_path)
+        if c.store.use_gpu and not c.store.num_workers:
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
         for split in ("train", "dev"):
             # What the policy learns on: instances that the exits were not fitted to, where some were kept for it.
             source = self._instances(c.policy.instances if split == "train" and c.policy.holdout else split)
             instances = Instances.open(source)
-            with self.display.step(f"round {number}: states of {split}", len(instances)) as progress:
+            title = f"round {number}: states of {split}"
+            with self.display.step(title, len(instances)) as progress, self.workers.store() as crew:
                 build_store(
                     model,
                     instances,
@@ -218,7 +239,7 @@ class _Alternation:
                     c.store.shard_size,
                     c.store.batch_size,
                     progress,
-                    num_workers=c.store.num_workers,
+                    crew=crew,
                     model_path=model_path,
                     instances_path=source,
                 )
@@ -228,34 +249,29 @@ class _Alternation:
         c = self.config
         model = EarlyExitModel.from_pretrained(model_path)
         settings = policy_settings(c, derive_seed(c.seed, "policy", number))
-        if c.reward.cost == "latency":
-            settings = replace(settings, cost=self._measured_cost(number, model))
+        kept = self._round(number) / "store-train"
+        answers = None
+        if model.answer_heads is not None:
+            fitted = fit_answers(StateStore.open(kept), derive_seed(c.seed, "answers", number))
+            model.answer_heads, answers = fitted.heads, fitted.answers
         with (
-            policy_store(self._round(number) / "store-train", c.policy.inputs) as store,
+            policy_store(kept, c.policy.inputs, answers) as store,
             self.display.step(f"round {number}: policy ({c.algorithm})", c.policy.epochs) as progress,
         ):
+            self.workers.await_policy_room()
             outcome = train_policy(
                 store,
                 {name: value.detach().clone() for name, value in model.policy.state_dict().items()},
                 settings,
                 _policy_reporter(progress, log),
+                self._round(number) / "policy-checkpoint",
             )
         for warning in outcome.warnings:
             self.display.say(f"warning: {warning}")
         model.policy.load_state_dict(outcome.weights)
         model.save_pretrained(self._round(number) / "model")
+        shutil.rmtree(self._round(number) / "policy-checkpoint", ignore_errors=True)
         return {"warnings": list(outcome.warnings)}
-
-    def _measured_cost(self, number: int, model: EarlyExitModel) -> tuple[float, ...]:
-        """Time of leaving at each layer, in layers; measured once in a round and kept, so that a resumed run agrees."""
-        folder = self._round(number)
-        costs = read_costs(folder)
-        if costs is None:
-            with self.display.step(f"round {number}: time of each layer", 1 + FEWEST) as progress:
-                costs = profile(model, [self.config.inference.batch_size], runs=FEWEST, progress=progress)
-            write_costs(folder, costs)
-        length = int(np.median(Instances.open(self._instances("dev")).lengths))
-        return tuple(float(value) for value in costs.in_layers(self.config.inference.batch_size, length))
 
     def _dev(self, number: int, log: MetricLog) -> dict[str, Any]:
         c = self.config
@@ -264,8 +280,10 @@ class _Alternation:
         metric = read_json(self.run.path / "data" / "task.json")["metric"]
         store = StateStore.open(folder / "store-dev")
 
+        answers = answers_of(store, model.answer_heads)
+
         def at(threshold: float) -> SplitResult:
-            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs)
+            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs, answers)
 
         at_half = at(0.5)
         reference = self._reference(number, at_half)
@@ -317,15 +335,18 @@ class _Alternation:
     def _train_exits(self, job: ExitTraining, title: str, log: MetricLog) -> dict[str, Any]:
         c = self.config
         last: dict[str, float] = {}
+        started = time.monotonic()
         with self.display.step(title, 1.0) as progress:
 
             def on_update(done: int, total: int, epoch: float, values: dict[str, float]) -> None:
-                progress.update(done / total, f"loss {values['loss']:.3f}")
+                rate = done / max(1e-9, time.monotonic() - started)
+                progress.update(done / total, f"epoch {epoch:.1f}, loss {values['loss']:.3f}, {rate:.1f} updates/s")
                 if done % max(1, total // 200) == 0 or done == total:
                     log.log(done, epoch, values)
                 last.update(values)
 
-            train_exits(job, on_update, c.task_step.num_workers, c.task_step.use_gpu)
+            with self.workers.train() as crew:
+                train_exits(job, on_update, use_gpu=c.task_step.use_gpu, crew=crew)
         shutil.rmtree(job.checkpoint, ignore_errors=True)
         shutil.rmtree(Path(job.checkpoint).parent / "train", ignore_errors=True)
         return {"loss": last.get("loss")}
@@ -393,7 +414,7 @@ def hold_out(count: int, share: float, seed: int) -> tuple[npt.NDArray[np.int64]
 
 def policy_settings(config: RunConfig, seed: int) -> PolicyPhaseSettings:
     """The policy phase's plain values out of a configuration."""
-    policy = config.policy.model_dump(exclude={"inputs", "holdout", "instances"})
+    policy = config.policy.model_dump(exclude={"inputs", "answer", "holdout", "instances"})
     return PolicyPhaseSettings(
         algorithm=config.algorithm,
         reward=config.reward.name,
@@ -420,7 +441,7 @@ def pick_threshold(config: RunConfig, dev: SplitResult, reference: float) -> flo
 
 def _policy_reporter(progress: Progress, log: MetricLog) -> Callable[[PolicyProgress], None]:
     def report(at: PolicyProgress) -> None:
-        progress.update(at.epoch, f"return {at.metrics['return']:.3f}, exit {at.metrics['mean_exit_layer']:.2f}")
+        progress.update(at.epoch, policy_in_words(at.metrics))
         log.log(at.step, at.epoch, at.metrics)
 
     return report

@@ -6,7 +6,7 @@ trained on, so that none has better data), and every criterion is asked once. Al
 comparison reads a few small files::
 
     RUN/compare/<set>/evidence.json          what it was made from
-    RUN/compare/<set>/<split>.safetensors    ids, labels, predictions, score.<criterion>
+    RUN/compare/<set>/<split>.safetensors    ids, labels, predictions, score.<criterion>, answers.<criterion>
     RUN/compare/<set>/criteria/              learned criteria
     RUN/compare/<set>/store-<split>/         states and logits, where the run keeps none that fit
 """
@@ -37,10 +37,10 @@ from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.progress import Display
 from rl_exit.seeding import derive_seed
 from rl_exit.trainers.run_directory import RunDirectory
-from rl_exit.trainers.store_evaluation import exit_logits_of
+from rl_exit.trainers.store_evaluation import answers_of, exit_logits_of
 from rl_exit.trainers.store_phase import build_store, model_fingerprint
 
-FORMAT = 2
+FORMAT = 3
 FIT_INSTANCES = 20_000  # Learned criteria are fitted on so many training instances at most.
 # Fitted on dev, as published: it needs data that the exits were not trained on.
 ON_DEV = ("right_tool",)
@@ -107,6 +107,8 @@ class _Exits:
                 arrays[splits[0]][f"score.{word}"],
                 arrays[dev][f"score.{word}"] if dev else None,
                 lambda cut, word=word: own_threshold(word, cut),  # type: ignore[misc]
+                arrays[splits[0]].get(f"answers.{word}"),
+                arrays[dev].get(f"answers.{word}") if dev else None,
             )
             for word in usable
         }
@@ -164,7 +166,11 @@ class _Exits:
                 if word == CONSISTENTEE:
                     assert self.policy_folder is not None  # usable words only
                     model = self._model(self.policy_folder)
-                    asked = replace(stored, exit_logits=exit_logits_of(store, model.policy, model.config.policy_inputs))
+                    answers = answers_of(store, model.answer_heads)
+                    odds = exit_logits_of(store, model.policy, model.config.policy_inputs, answers)
+                    asked = replace(stored, exit_logits=odds)
+                    if answers is not None:
+                        kept[f"answers.{word}"] = answers.argmax(-1).astype(np.int64)
                 kept[f"score.{word}"] = scores_from_store(self._criterion(word), asked)
         with atomic_file(path) as beside:
             save_file({name: np.ascontiguousarray(array) for name, array in kept.items()}, beside)

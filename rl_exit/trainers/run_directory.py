@@ -13,8 +13,10 @@ dies resumes at the first step without a marker::
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
+import logging
 import platform
 import shutil
 import time
@@ -25,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from rl_exit.config import RunConfig, dump_config, load_config
-from rl_exit.errors import RunError
+from rl_exit.errors import RunError, StorageError, UserError
 from rl_exit.files import atomic_file, read_json, telling_disk_errors, write_json, write_text
+from rl_exit.trainers.storage_watch import StorageWatch
 
 VERSIONED = ("rl-exit", "torch", "transformers", "ray", "gymnasium", "datasets", "pyarrow", "numpy", "peft")
+STORAGE_ATTEMPTS = 6  # at a step during which the storage was away
 # Keys that may differ between the first start and a resumption, since they do not change the result.
 FREE_KEYS = frozenset(
     {
@@ -38,12 +42,23 @@ FREE_KEYS = frozenset(
         "sampling.num_env_runners",
         "sampling.transport",
         "store.num_workers",
+        "store.use_gpu",
+        "placement.workers",
+        "placement.timeout",
+        "placement.autoscale",
+        "tracking",
         "keep_rounds",
     }
 )
 
+logger = logging.getLogger(__name__)
+Logger = Callable[[str, int, int, dict[str, float]], None]
+"""Takes (phase, round, step, values) of every row that is logged."""
+
 # What the first step and the preparations for it leave.
-_FIRST_NAMES = frozenset({"config.yaml", "run.json", "steps", "data", "init", "tensorboard"})
+_FIRST_NAMES = frozenset(
+    {"config.yaml", "run.json", "steps", "data", "init", "tensorboard", ".train", "tracking.json", "wandb"}
+)
 _FIRST_UNFINISHED = (".config.yaml.", ".run.json.")
 
 
@@ -54,6 +69,7 @@ class MetricLog:
     phase: str
     round: int
     folder: Path
+    loggers: Sequence[Logger] = ()
     started: float = field(default_factory=time.time)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -78,11 +94,15 @@ class MetricLog:
                     "time": now,
                 }
             )
-            self._writer.add_scalar(f"{self.phase}/{metric}", value, step)
+            with contextlib.suppress(OSError):  # a disk that fails is told by what needs it
+                self._writer.add_scalar(f"{self.phase}/{metric}", value, step)
+        for tell in self.loggers:
+            tell(self.phase, self.round, step, values)
 
     def close(self) -> None:
         """Flush the events."""
-        self._writer.close()
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
 
 class RunDirectory:
@@ -91,6 +111,7 @@ class RunDirectory:
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
         self.config = config
+        self.loggers: list[Logger] = []  # who else is told every logged row
 
     @classmethod
     def create(cls, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunDirectory:
@@ -186,13 +207,30 @@ class RunDirectory:
         known = self.result(step)
         if known is not None:
             return known
-        log = MetricLog(phase, round, self.path / "tensorboard" / step)
         started = time.monotonic()
-        try:
-            results = work(log)
-        finally:
-            log.close()
-        self._write_rows(step, log.rows)
+        for attempt in range(1, STORAGE_ATTEMPTS + 1):
+            with StorageWatch(self.path / "run.json") as watch:
+                try:
+                    log = MetricLog(phase, round, self.path / "tensorboard" / step, self.loggers)
+                    try:
+                        results = work(log)
+                    finally:
+                        log.close()
+                    self._write_rows(step, log.rows)
+                    error = None
+                except (OSError, UserError) as raised:
+                    error = raised
+                if not (watch.was_away or isinstance(error, StorageError)):
+                    if error is not None:
+                        raise error
+                    break
+                # What was done meanwhile may not be where it should be.
+                logger.warning("%s: this storage was away during step %s, which is done again", self.path, step)
+                if isinstance(error, StorageError) and watch.present:
+                    time.sleep(min(30.0, 2.0**attempt))
+                watch.await_back()
+        else:
+            raise error or RunError(f"{self.path}: this storage was away {STORAGE_ATTEMPTS} times during step {step}")
         write_json(
             self.path / "steps" / f"{step}.json",
             {"step": step, "phase": phase, "seconds": time.monotonic() - started, "results": results},

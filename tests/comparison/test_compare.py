@@ -147,3 +147,31 @@ def test_pooled_curves_average_points_of_few_thresholds_and_lines_of_many() -> N
     found = np.array(pooled_curve(many))
     assert found[:, 1] == pytest.approx(1 - (found[:, 0] + np.sqrt(found[:, 0] / 2)) / 2, abs=1e-3)
     assert math.isclose(found[-1, 0], 0.5)
+
+
+def test_a_criterion_with_answers_of_its_own_is_scored_by_them() -> None:
+    """Equal scores, better answers below: more layers saved by that method alone; bar and oracle are the exits'."""
+    run = made_run(0, {"consistentee": 2.0}, sets=("final",))
+    exits = run.sets["final"]
+    plain = exits.scores["consistentee"]
+
+    def compared(answers: np.ndarray | None, on_dev: np.ndarray | None) -> dict[str, object]:
+        ours = Scores(plain.measured, plain.dev, answers=answers, dev_answers=on_dev)
+        made = ExitSet("final", exits.split, exits.dev, {"consistentee": ours, "entropy": plain})
+        return compare([Group("runs", [SeedRun(0, "a", {"final": made})])], "accuracy", replicates=20)
+
+    assert exits.dev is not None
+    before = compared(exits.split.predictions, exits.dev.predictions)
+    assert before == compared(None, None)
+    better = np.array(exits.split.predictions)
+    better[:, 0] = exits.split.labels  # always right at layer 1
+    after = compared(better, exits.dev.predictions)
+    assert after["methods"]["consistentee"]["no_loss"]["saved_layers"] == pytest.approx(1 - 1 / LAYERS)
+    assert before["methods"]["consistentee"]["no_loss"]["saved_layers"] < 0.7
+    for same in ("oracle", "full_depth_score"):
+        assert after[same] == before[same]
+    assert after["methods"]["entropy"] == before["methods"]["entropy"]
+    assert after["methods"]["consistentee"]["transferred"] != before["methods"]["consistentee"]["transferred"]
+    moved = compared(exits.split.predictions, np.tile(exits.dev.labels[:, None], LAYERS))
+    assert moved["methods"]["consistentee"]["no_loss"] == before["methods"]["consistentee"]["no_loss"]
+    assert moved["methods"]["consistentee"]["transferred"] != before["methods"]["consistentee"]["transferred"]

@@ -85,7 +85,12 @@ def made_instances(count: int, seed: int) -> Instances:
 def models(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for number, name in enumerate(("initial", "final")):
-        model = EarlyExitModel.from_backbone(str(tiny_backbone), ("animal", "tool"), policy_width=4, seed=number)
+        answer = "own" if name == "final" else "exit"
+        model = EarlyExitModel.from_backbone(
+            str(tiny_backbone), ("animal", "tool"), policy_width=4, policy_answer=answer, seed=number
+        )
+        if model.answer_heads is not None:
+            model.answer_heads.bias_out[:, 1] += 0.2
         with torch.no_grad():  # policies and exits that tell instances apart
             model.policy.weight_out.mul_(20)
             for parameter in model.exits.parameters():
@@ -114,8 +119,14 @@ def test_scores_are_those_of_the_live_engine(make: Maker) -> None:
             above = np.concatenate([exits.scores[word].measured > cut, np.ones((30, 1), bool)], axis=1)
             layers = above.argmax(axis=1) + 1
             assert layers.tolist() == live.exit_layer.tolist(), (name, word)
-            rows = np.arange(30)
-            assert exits.split.predictions[rows, layers - 1].tolist() == live.logits.argmax(-1).tolist()
+            rows, own = np.arange(30), exits.scores[word].answers
+            told = exits.split.predictions if own is None else own
+            assert told[rows, layers - 1].tolist() == live.logits.argmax(-1).tolist()
+            assert (own is not None) == (word == "consistentee" and name == "final"), (
+                "the policy with heads of its own alone"
+            )
+            if own is not None:
+                assert own.tolist() != exits.split.predictions.tolist()
             assert own_threshold(word, cut) == pytest.approx(threshold)
 
 
@@ -161,7 +172,10 @@ def test_a_second_call_reads_what_the_first_kept(make: Maker, monkeypatch: pytes
     path = make("one")
     first = run_evidence(RunDirectory.open(path), "test", WORDS, Silent())
     kept = load_file(path / "compare" / "final" / "test.safetensors")
-    assert set(kept) == {"ids", "labels", "predictions", *(f"score.{word}" for word in WORDS)}
+    assert set(kept) == {
+        *("ids", "labels", "predictions", "answers.consistentee"),
+        *(f"score.{word}" for word in WORDS),
+    }
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("computed again")

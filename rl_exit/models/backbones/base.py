@@ -76,6 +76,10 @@ class StepState:
         """Padded number of tokens T."""
         return self.hidden.shape[1]
 
+    def with_hidden(self, hidden: Tensor) -> StepState:
+        """Return the same batch with other hidden states, [B, T, H]."""
+        return StepState(hidden, self.attention_mask, self.lengths, self.padded, self.masks, self.tables, self.backbone)
+
     def select(self, rows: Tensor, length: int | None = None) -> StepState:
         """Return the state of some rows, with right padding trimmed; positions stay as they are.
 
@@ -287,7 +291,7 @@ class SteppedBackbone(nn.Module):
         mask = state.masks[self._reaches[layer - 1]]
         output = self._family.run_layer(self.model, layer - 1, state, mask)
         hidden = output[0] if isinstance(output, tuple) else output
-        return StepState(hidden, state.attention_mask, state.lengths, state.padded, state.masks, state.tables, self)
+        return state.with_hidden(hidden)
 
     def layer_modules(self) -> nn.ModuleList:
         """Return the list of the L layers inside the model.
@@ -308,8 +312,13 @@ class SteppedBackbone(nn.Module):
         (Llama, Qwen, GPT-2, GPT-NeoX, ModernBERT) the model's own final norm is applied, so that every exit reads
         states of the kind that the last layer gives.
         """
+        return self.final_norm(state.hidden)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm that follows the last layer; one that does nothing where layers end in a norm of their own."""
         norm = self._family.final_norm
-        return state.hidden if norm is None else norm(self.model)(state.hidden)
+        return nn.Identity() if norm is None else norm(self.model)
 
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
