@@ -25,7 +25,7 @@ run: $(STAMP)
 
 # Both side by side, since the tests on a Ray cluster mostly wait; their output follows when the others are done.
 test: $(STAMP)
-	@$(MAKE) --no-print-directory test-ray >$(VENV)/test-ray.log 2>&1 & ray=$$!; \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ray >$(VENV)/test-ray.log 2>&1 & ray=$$!; \
 	trap 'kill $$ray 2>/dev/null; exit 130' INT TERM; \
 	$(MAKE) --no-print-directory test-fast; fast=$$?; \
 	wait $$ray; ray=$$?; cat $(VENV)/test-ray.log; \

@@ -174,9 +174,24 @@ class Desk:
         from ray.cluster_utils import Cluster
 
         os.environ["PYTHONPATH"] = self.path
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        for _ in range(3):
-            self.cluster.add_node(num_cpus=2)
+        for attempt in range(5):  # on a busy machine a node may need longer to start than Ray waits
+            try:
+                self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+                break
+            except Exception:
+                if attempt == 4:
+                    raise
+        self.fill()
+
+    def fill(self) -> None:
+        """Have three nodes beside the head."""
+        for _ in range(10):
+            if len(self.cluster.worker_nodes) >= 3:
+                return
+            try:
+                self.cluster.add_node(num_cpus=2)
+            except Exception as error:  # noqa: BLE001  (see start_cluster)
+                print(f"a node did not start: {error}", flush=True)
 
     def stop_cluster(self) -> None:
         import ray
@@ -194,8 +209,7 @@ class Desk:
             self.start_cluster()
         if not ray.is_initialized():
             ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
-        while len(self.cluster.worker_nodes) < 3:
-            self.cluster.add_node(num_cpus=2)
+        self.fill()
 
     def drive(self, kind: str, output: Path, display: Any) -> None:
         """Go on with the run in this process."""
@@ -316,7 +330,7 @@ def replace_node(desk: Desk, node: Any) -> None:
     """Kill everything of a node at once, and start another one 3 s later, as an autoscaler would."""
     desk.cluster.remove_node(node, allow_graceful=False)
     time.sleep(3.0)
-    desk.cluster.add_node(num_cpus=2)
+    desk.fill()
 
 
 def disk_full(desk: Desk, fault: Fault, place: Place, output: Path) -> Watched:
@@ -394,8 +408,7 @@ def by_subprocess(desk: Desk, fault: Fault, place: Place, output: Path) -> Watch
         desk.start_cluster()
     elif fault.mode == "driver":
         ray.shutdown()  # the nodes stay
-        while len(desk.cluster.worker_nodes) < 3:
-            desk.cluster.add_node(num_cpus=2)
+        desk.fill()
     watched = Watched(place)
     events = output / "events"
     first = start_driver(desk, fault.place, output, "die" if fault.mode == "driver" else "tell")

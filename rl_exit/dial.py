@@ -47,15 +47,18 @@ class DialSettings:
         epochs: Passes over the instances; usual 40-200.
         batch_size: Instances per update.
         lr: Learning rate at the start, of Adam; falls to 0 along a line.
-        entropy: Bonus on the entropy of the actions.
+        entropy_start: Bonus on the entropy of the actions at the start, without which every price first learns what
+            most prices have in common and sticks to it.
+        entropy: The same in the last third.
         width: Hidden width.
     """
 
     low: float = 5e-4
     high: float = 0.15
-    epochs: int = 120
+    epochs: int = 60
     batch_size: int = 256
     lr: float = 3e-3
+    entropy_start: float = 1.0
     entropy: float = 1e-3
     width: int = 64
 
@@ -127,7 +130,8 @@ def train_dial(
     optimiser = torch.optim.Adam(heads.parameters(), lr=how.lr)
     updates = how.epochs * -(-count // how.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=max(updates, 1))
-    for _ in range(how.epochs):
+    for epoch in range(how.epochs):
+        bonus = how.entropy + (how.entropy_start - how.entropy) * max(1.0 - 1.5 * epoch / how.epochs, 0.0)
         order = torch.randperm(count, generator=generator)
         for start in range(0, count, how.batch_size):
             rows = order[start : start + how.batch_size]
@@ -140,7 +144,7 @@ def train_dial(
             gain = expected_return(odds, right[rows] - price[:, None] * depth)
             # Every price counts alike: where a layer is dear, returns differ by more.
             gain = gain / (price * layers + 0.05)
-            loss = -(gain.mean() + how.entropy * F.binary_cross_entropy_with_logits(odds, odds.sigmoid()))
+            loss = -(gain.mean() + bonus * F.binary_cross_entropy_with_logits(odds, odds.sigmoid()))
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)

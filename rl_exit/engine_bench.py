@@ -36,12 +36,12 @@ from rl_exit.errors import DataError
 from rl_exit.inference import evaluating, run_instances
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.exits import pool
-from rl_exit.operating import Evidence, exits_of, gather, grid, losses, point_by_speed
+from rl_exit.operating import Evidence, exits_of, gather, grid, point_by_speed
 from rl_exit.profiling import profile, surroundings
 from rl_exit.progress import Display, Progress
 
 BATCH_SIZES = (1, 8, 32, 128)
-TEXTS = {1: 64, 8: 192, 32: 384, 128: 768}
+TEXTS = {1: 48, 8: 192, 32: 320, 128: 640}
 """Texts that are timed at each batch size, at most."""
 ROUNDS = 5
 SPLITS = 200
@@ -55,7 +55,11 @@ TARGETS = {
 
 
 def run(
-    targets: Sequence[Path], display: Display, quick: bool = False, batch_sizes: Sequence[int] = ()
+    targets: Sequence[Path],
+    display: Display,
+    quick: bool = False,
+    batch_sizes: Sequence[int] = (),
+    speedup: float = SPEEDUP,
 ) -> dict[str, Any]:
     """Measure models.
 
@@ -64,6 +68,7 @@ def run(
         display: Where progress is shown.
         quick: Fewer rounds.
         batch_sizes: In place of 1, 8, 32 and 128.
+        speedup: What is asked for.
 
     Returns:
         ``models`` by name, each with ``time_per_layer_speedup`` by batch size (against ``full`` and ``plain``),
@@ -77,14 +82,16 @@ def run(
         for target in targets:
             folder = model_folder(target)
             name = target.resolve().name
-            found[name] = _measure(name, folder, display, 3 if quick else ROUNDS, batch_sizes or BATCH_SIZES)
+            found[name] = _measure(name, folder, display, 3 if quick else ROUNDS, batch_sizes or BATCH_SIZES, speedup)
         where = found[next(iter(found))].pop("where") if found else {}
     for each in found.values():
         each.pop("where", None)
     return {"date": date.today().isoformat(), "where": where, "targets": _plain(TARGETS), "models": found}
 
 
-def _measure(name: str, folder: Path, display: Display, rounds: int, sizes: Sequence[int]) -> dict[str, Any]:
+def _measure(
+    name: str, folder: Path, display: Display, rounds: int, sizes: Sequence[int], speedup: float
+) -> dict[str, Any]:
     model = EarlyExitModel.from_pretrained(folder)
     instances = tokenise(_unseen(folder), model.tokenizer, model.config.max_tokens)
     order = np.random.default_rng(0).permutation(len(instances))
@@ -96,7 +103,7 @@ def _measure(name: str, folder: Path, display: Display, rounds: int, sizes: Sequ
     rows = {}
     with display.step(f"{name}: engine", len(sizes) * (1 + rounds)) as progress:
         for number, size in enumerate(sizes):
-            point = point_by_speed([criterion("consistentee")], evidence.select(first), costs, SPEEDUP, size)
+            point = point_by_speed([criterion("consistentee")], evidence.select(first), costs, speedup, size)
             threshold = float(point.params["threshold"])
             measured = instances.take(_spread(second, TEXTS.get(size, 512)))
             rows[str(size)] = _engine(model, measured, threshold, size, rounds, progress, number * (1 + rounds))
@@ -104,12 +111,13 @@ def _measure(name: str, folder: Path, display: Display, rounds: int, sizes: Sequ
         promise = _guarantee(evidence, progress)
     return {
         "num_layers": model.num_layers,
+        "asked_for": speedup,
         "texts": len(instances),
         "time_per_layer_speedup": {size: row["time_per_layer_speedup"] for size, row in rows.items()},
         "time_per_layer_speedup_plain": {size: row["time_per_layer_speedup_plain"] for size, row in rows.items()},
         "time_per_layer_speedup_alone": {size: row["time_per_layer_speedup_alone"] for size, row in rows.items()},
         "no_exit_overhead": {size: row["no_exit_overhead"] for size, row in rows.items()},
-        "requested": {size: row["speedup"] / SPEEDUP for size, row in rows.items()},
+        "requested": {size: row["speedup"] / speedup for size, row in rows.items()},
         "guarantee": promise,
         "engine": rows,
         "where": surroundings(model),
@@ -180,7 +188,7 @@ def _guarantee(evidence: Evidence, progress: Progress) -> dict[str, Any]:
     rule: Criterion = criterion("consistentee")
     assert split.exit_logits is not None
     settings = list(grid(rule, split.num_layers, split.num_classes))
-    lost = np.stack([losses(split, exits_of(setting, split.exit_logits)) for setting in settings])  # [S, N]
+    lost = np.stack([evidence.losses(rule, exits_of(setting, split.exit_logits)) for setting in settings])  # [S, N]
     layers = np.stack([exits_of(setting, split.exit_logits) for setting in settings])
     rng = np.random.default_rng(0)
     halves, drawn, refused, saved = [], [], 0, []

@@ -85,7 +85,7 @@ def inference_table(results: Mapping[str, Any]) -> Table:
         "against plain",
         "batch alone",
     )
-    for header in (*headers, "nobody leaves", "asked for 2x"):
+    for header in (*headers, "nobody leaves", "off what was asked for"):
         table.add_column(header, justify="right")
     for name, model in results["models"].items():
         for size, row in model["engine"].items():
@@ -217,4 +217,49 @@ def bench_table(results: Mapping[str, Any]) -> Table:
     styles = {True: "green", False: "red", None: ""}
     for cells, met in rows:
         table.add_row(*(Text(cell, style=styles[met] if index > 1 else "") for index, cell in enumerate(cells)))
+    return table
+
+
+GENERATION_HEADER = [
+    "batch",
+    "context",
+    "full depth, tokens/s",
+    "transformers, tokens/s",
+    "with exits, tokens/s",
+    "speed-up",
+    "layer speed-up",
+    "share",
+    "deepest of batch",
+]
+
+
+def generation_rows(results: Mapping[str, Any]) -> list[tuple[list[str], bool]]:
+    """What ``rl-exit bench generation`` has measured, as text: cells, and whether the target is met.
+
+    Args:
+        results: From :func:`rl_exit.trainers.bench.generation.run`.
+    """
+    rows = []
+    for case in results["cases"]:
+        rate = case["tokens_per_second"]
+        cells = [
+            str(case["batch"]),
+            str(case["context"]),
+            *(f"{rate[name]:.1f}" for name in ("full_depth", "transformers", "exits")),
+            *(f"{case[name]:.2f}" for name in ("speedup", "layer_speedup", "share")),
+            f"{case['deepest_of_batch']:.1f} of {results['model']['num_layers']}",
+        ]
+        rows.append((cells, case["share"] >= results["target"]))
+    return rows
+
+
+def generation_table(results: Mapping[str, Any]) -> Table:
+    """What ``rl-exit bench generation`` has measured; shares below the target in red."""
+    table = Table(title="bench generation", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for words in GENERATION_HEADER:
+        table.add_column(words.replace(", ", ",\n"), justify="right")
+    for cells, met in generation_rows(results):
+        share = GENERATION_HEADER.index("share")
+        color = "green" if met else "red"
+        table.add_row(*(Text(cell, style=color if index == share else "") for index, cell in enumerate(cells)))
     return table

@@ -96,15 +96,25 @@ class Evidence:
         split: Answers of every exit, with the labels or zeros.
         lengths: [N], tokens.
         labelled: Whether the labels are real.
+        own: [N, L], whether what the policy itself answers is right, where it answers otherwise than the exits do.
     """
 
     split: StoredSplit
     lengths: npt.NDArray[np.int64]
     labelled: bool
+    own: npt.NDArray[np.bool_] | None = None
 
     def select(self, rows: npt.NDArray[np.int64]) -> Evidence:
         """The given rows."""
-        return Evidence(self.split.select(rows), self.lengths[rows], self.labelled)
+        own = None if self.own is None else self.own[rows]
+        return Evidence(self.split.select(rows), self.lengths[rows], self.labelled, own)
+
+    def losses(self, rule: Criterion, exit_layers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """What each text loses by leaving: 1 where only full depth is right, -1 the other way round, else 0; [N]."""
+        right = self.split.correct
+        says = right if self.own is None or not hasattr(rule, "answer") else self.own
+        early = says[np.arange(len(right)), exit_layers - 1]
+        return right[:, -1].astype(np.float64) - early.astype(np.float64)
 
 
 def gather(
@@ -127,6 +137,7 @@ def gather(
     count, layers = len(instances), model.num_layers
     logits = np.empty((count, layers, model.config.num_labels), dtype=np.float32)
     odds = np.empty((count, layers - 1), dtype=np.float32)
+    own = np.empty((count, layers), dtype=np.bool_)
     kept = np.empty((count, layers, model.backbone.hidden_size), dtype=np.float32) if states else None
     done = 0
     for rows in length_sorted_batches(instances.lengths, 64):
@@ -135,13 +146,16 @@ def gather(
             out = model.all_exits(**batch)
             logits[rows] = out.logits.float().cpu().numpy()
             odds[rows] = model.exit_logits(out.states, out.logits).float().cpu().numpy()
+            said = model.answers(out.states, out.logits).argmax(-1).cpu().numpy()
+            own[rows] = said == np.asarray(instances.labels)[rows, None]
             if kept is not None:
                 kept[rows] = out.states.float().cpu().numpy()
         done += len(rows)
         if progress is not None:
             progress.update(done)
     split = StoredSplit.from_logits(instances.labels, logits, kept, odds)
-    return Evidence(split, np.asarray(instances.lengths, dtype=np.int64), labelled)
+    differs = model.answer_heads is not None
+    return Evidence(split, np.asarray(instances.lengths, dtype=np.int64), labelled, own if differs else None)
 
 
 def point_by_speed(
@@ -219,7 +233,7 @@ def point_by_loss(
         settings = list(grid(rule, evidence.split.num_layers, evidence.split.num_classes))
         scores = scores_from_store(rule, evidence.split)
         exits = [exits_of(setting, scores) for setting in settings]
-        passed, p = careful_first((losses(evidence.split, left) for left in exits), max_loss, level)
+        passed, p = careful_first((evidence.losses(rule, left) for left in exits), max_loss, level)
         if passed is None:
             continue
         promise = Guarantee(max_loss, confidence, count, p, len(rules))
@@ -231,13 +245,6 @@ def point_by_loss(
             f"to lose at most {100 * max_loss:g} points with confidence {confidence:g}; give more texts, or allow more"
         )
     return max(found, key=lambda point: point.speedup)
-
-
-def losses(split: StoredSplit, exit_layers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """What each text loses by leaving: 1 where only full depth is right, -1 the other way round, else 0."""
-    right = split.correct
-    early = right[np.arange(len(right)), exit_layers - 1]
-    return right[:, -1].astype(np.float64) - early.astype(np.float64)
 
 
 def exits_above(scores: npt.NDArray[np.float32], cut: float) -> npt.NDArray[np.int64]:
@@ -305,7 +312,7 @@ def _point(
     batch_size: int,
     guarantee: Guarantee | None,
 ) -> OperatingPoint:
-    lost = float(losses(evidence.split, left).mean()) if evidence.labelled else None
+    lost = float(evidence.losses(rule, left).mean()) if evidence.labelled else None
     return OperatingPoint(
         criterion=rule.name,
         params=parameters(rule),

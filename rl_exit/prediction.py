@@ -44,9 +44,7 @@ def predict_texts(
         ModelError: The model cannot be loaded, or its weights are not finite.
         UserError: The criterion cannot be made.
     """
-    inside = Path(model) / "model"
-    is_run = (inside / "config.json").is_file() and not (Path(model) / "config.json").exists()
-    folder = str(inside) if is_run else model
+    folder = model_folder(model)
     rule = chosen_criterion(word, params, Path(folder))
     loaded = EarlyExitModel.from_pretrained(folder)
     second = None if pairs is None else list(pairs)
@@ -62,6 +60,13 @@ def predict_texts(
     if not all(math.isfinite(max(prediction.probabilities)) for prediction in found):
         raise ModelError(f"model '{model}': its answers are not finite numbers, so its weights are damaged")
     return [prediction.to_dict() for prediction in found]
+
+
+def model_folder(model: str) -> str:
+    """The model's folder where a run directory is given; anything else as it is."""
+    inside = Path(model) / "model"
+    is_run = (inside / "config.json").is_file() and not (Path(model) / "config.json").exists()
+    return str(inside) if is_run else model
 
 
 def chosen_criterion(word: str | None, params: Sequence[str], folder: Path) -> Criterion | None:

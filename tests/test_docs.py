@@ -35,6 +35,27 @@ TINY = [
     "task.max_test=40",
 ]
 
+# In place of the built-in text and a decoder's sizes.
+WRITING = [
+    "name=documentation",
+    "task.name=local",
+    "task.kind=generation",
+    "task.path=data/prompts",
+    "task.max_train=24",
+    "task.max_dev=4",
+    "task.max_test=4",
+    "model.scratch.layers=2",
+    "model.scratch.hidden=16",
+    "model.scratch.heads=2",
+    "model.scratch.vocabulary=300",
+    "init.epochs=1",
+    "policy.epochs=1",
+    "generation.samples=2",
+    "generation.max_new_tokens=4",
+    "generation.points=1",
+    "generation.encoder=none",
+]
+
 
 def commands(page: Path) -> list[str]:
     """Lines of the ``sh`` blocks of a page, continued lines joined, comments removed."""
@@ -56,8 +77,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, tiny_tas
         folder / "data" / "mrpc",
         [{"sentence1": r["text"], "sentence2": r["text"], "label": int(r["label"] == "tool")} for r in rows],
     )
+    prompts = [{"prompt": "the old " + r["label"], "response": " " + r["text"]} for r in rows]
+    _write(folder / "data" / "prompts", prompts[:40])
     csv = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
     (folder / "tickets.csv").write_text("\n".join(csv) + "\n")
+    _write_decoder(folder / "my-decoder", tiny_backbone)
     (folder / "texts.txt").write_text("the old cat\na new hammer\n")
     tools = folder / "tools"
     tools.mkdir()
@@ -79,6 +103,22 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, tiny_tas
     return folder, env
 
 
+def _write_decoder(folder: Path, tokens_of: Path) -> None:
+    """A decoder with exits, of random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rl_exit.models.causal import EarlyExitCausalModel
+    from rl_exit.models.pretrained import find_source, load_tokenizer
+
+    tokenizer = load_tokenizer(find_source(str(tokens_of)))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
+    )
+    EarlyExitCausalModel.from_model(LlamaForCausalLM(config), tokenizer).save_pretrained(folder)
+
+
 def _write(folder: Path, rows: list[dict[str, object]]) -> None:
     folder.mkdir(parents=True)
     for split in ("train", "dev", "test"):
@@ -86,10 +126,21 @@ def _write(folder: Path, rows: list[dict[str, object]]) -> None:
 
 
 def command(words: list[str]) -> None:
-    """What ``rl-exit`` does here: training is on the tiny backbone and, where no data is named, on the tiny task."""
+    """What ``rl-exit`` does here: training is on the tiny backbone and, where no data is named, on the tiny task.
+
+    The benchmark of sampling measures for a minute by design; here it is short and on one small store.
+    """
     from rl_exit.cli import main
 
-    if words[:1] == ["train"]:
+    if words[:2] == ["bench", "sampling"]:
+        from rl_exit.trainers.bench import sampling, setup
+
+        effort = setup.Effort(repetitions=1, batches=1, stock_steps=128, stock_share=0.02, growth=-1)
+        sampling.run.__defaults__ = ((setup.Size(2000, 4, 32),), effort)
+
+    if words[:1] == ["train"] and "generation.yaml" in " ".join(words):
+        words = [*words, *WRITING]
+    elif words[:1] == ["train"]:
         given = " ".join(words)
         words = [*words, *shlex.split(os.environ["RL_EXIT_TEST_WORDS"])]
         if "task." not in given and "stackoverflow" not in given:

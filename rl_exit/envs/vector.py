@@ -95,7 +95,7 @@ class EarlyExitVectorEnv(VectorEnv[Observation, npt.NDArray[np.integer], npt.NDA
         self._memorized: IntArray = np.zeros(num_envs, dtype=np.int64)
         self._losses: FloatArray = np.zeros((num_envs, layers), dtype=np.float32)
         self._correct: BoolArray = np.zeros((num_envs, layers), dtype=np.bool_)
-        self._logits: FloatArray = np.zeros((num_envs, layers, self.store.num_classes), dtype=np.float32)
+        self._logits: FloatArray = np.zeros((num_envs, layers, self.store.layout.logit_width), dtype=np.float32)
         self._rewards: FloatArray = np.zeros((num_envs, layers), dtype=np.float32)
         self._ended: BoolArray | None = None  # None: reset() has not been called
 

@@ -420,6 +420,21 @@ class EarlyExitModel(PreTrainedModel):
             )
         ]
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model with its tokenizer, card, learned criteria and dial.
+
+        Args:
+            repo_id: ``user/name``.
+            **options: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``, as in huggingface_hub.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ModelError: The hub cannot be reached or refuses.
+        """
+        return folder.push(self, repo_id, options)
+
     def lighten(self) -> EarlyExitModel:
         """Make the model ready for answering alone: backbone in bfloat16, exits and policy stay in float32.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaModel, pipeline
+from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from rl_exit import EarlyExitModel
 from rl_exit.criteria import Fixed
@@ -57,44 +57,3 @@ def test_decoders_can_be_cut(tmp_path, tiny_backbone):
 def test_a_depth_out_of_range_is_refused(model, depth):
     with pytest.raises(ConfigError, match=r"can be cut to 2\.\.2"):
         pruned(model, depth)
-
-
-def test_pipeline_and_hub_take_the_model(model, tmp_path, monkeypatch):
-    """pipeline("text-classification") on a saved folder, and push_to_hub with the hub's upload going to a folder."""
-    import huggingface_hub
-    from transformers.utils import hub
-
-    model.save_pretrained(tmp_path / "model")
-    classify = pipeline("text-classification", model=str(tmp_path / "model"))
-    expected = EarlyExitModel.from_pretrained(tmp_path / "model").predict(TEXTS)
-    found = classify(TEXTS, batch_size=2)
-    assert [answer["label"] for answer in found] == [answer.label for answer in expected]
-    assert [answer["score"] for answer in found] == pytest.approx(
-        [max(answer.probabilities) for answer in expected], abs=1e-5
-    )
-    every = classify(TEXTS[:1], top_k=None)[0]
-    assert {row["label"] for row in every} == {"a", "b"}
-
-    uploaded = tmp_path / "hub"
-    uploaded.mkdir()
-
-    class Url:
-        repo_id = "someone/model"
-
-    def upload(self, repo_id, files_timestamps=None, working_dir=None, *args, **kwargs):
-        import shutil
-
-        shutil.copytree(working_dir or args[0], uploaded, dirs_exist_ok=True)
-
-    def commit(repo_id, operations, **kwargs):
-        for operation in operations:
-            Path(uploaded / operation.path_in_repo).write_bytes(Path(operation.path_or_fileobj).read_bytes())
-
-    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *args, **kwargs: Url())
-    for name, replacement in (("create_repo", lambda *args, **kwargs: Url()), ("create_commit", commit)):
-        monkeypatch.setattr(hub, name, replacement)
-    monkeypatch.setattr(hub, "create_branch", lambda *args, **kwargs: None, raising=False)
-    EarlyExitModel.from_pretrained(tmp_path / "model").push_to_hub("someone/model")
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in uploaded.iterdir()}
-    again = EarlyExitModel.from_pretrained(uploaded)
-    same(again.predict(TEXTS), expected)

@@ -27,7 +27,7 @@ from rl_exit.serving.steps import Passage, run_step
 WORDS = ("cat", "dog", "horse", "saw", "drill", "the", "red", "near", "under", "my", "found")
 
 
-@pytest.fixture(scope="module", params=["state", "both"])
+@pytest.fixture(scope="module", params=["state-exit", "both-exit", "both-own"])
 def model(request: pytest.FixtureRequest, tiny_backbone: Path) -> EarlyExitModel:
     """With policy heads that are not all alike, so that texts leave at different layers."""
     made = EarlyExitModel.from_backbone(

@@ -86,7 +86,7 @@ def test_a_runner_that_dies_changes_nothing(store: StateStore) -> None:
         algo.train()
     weights = algo.policy_weights()
     algo.stop()
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     assert all(torch.equal(value, weights[name]) for name, value in alone.weights.items())
 
 

@@ -283,5 +283,5 @@ class TestWorkers:
             RunError, match=r"no room for 1 CPU within 1 s .* the cluster has 4 CPUs, of which 0 are free"
         ):
             build(desk, tmp_path / "store", 1)
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 60
         ray.kill(occupant)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_exit.errors import ModelError
+from rl_exit.models.backbones.blocks import Blocks
 from rl_exit.models.backbones.masks import MaskForm, attention_mask_for, attention_of
 
 
@@ -201,6 +202,7 @@ class Family:
         final_norm: ``(model)`` to the norm that follows the last layer; None where each layer ends in its own.
         mask_form: What the layers accept as mask.
         reaches: ``(config, L)`` to the largest distance that each layer sees, None for no limit.
+        blocks: The layers in parts, for generation; None where a family generates no text.
         objection: ``(config)`` to why a model of this configuration cannot be run exactly; None if it can.
     """
 
@@ -214,6 +216,7 @@ class Family:
     mask_form: MaskForm = "interface"
     reaches: Callable[[Any, int], tuple[int | None, ...]] = _reach_everything
     objection: Callable[[Any], str | None] = _accept
+    blocks: Blocks | None = None
 
     def build(self, model: Any) -> SteppedBackbone:
         """Return the stepped form of a base model of this family; what :func:`register_family` takes."""
@@ -250,6 +253,22 @@ class SteppedBackbone(nn.Module):
         self.is_decoder = family.causal
         self._family = family
         self._reaches = family.reaches(config, self.num_layers)
+
+    @property
+    def blocks(self) -> Blocks:
+        """The layers in parts.
+
+        Raises:
+            ModelError: The family does not generate text.
+        """
+        if self._family.blocks is None:
+            raise ModelError(f"{self.family} backbones generate no text here; docs/backbones.md lists those that do")
+        return self._family.blocks
+
+    @property
+    def reaches(self) -> tuple[int | None, ...]:
+        """The largest distance that each layer sees, None for no limit."""
+        return self._reaches
 
     def begin(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
