@@ -280,6 +280,8 @@ def rendered(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:
         if "*" in file:
             paths = sorted(results.glob(f"{file}.json"))
             tree = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+        elif not (results / f"{file}.json").is_file():
+            return f"{found[1]}Not recorded yet.\n{found[3]}"
         else:
             tree = json.loads((results / f"{file}.json").read_text(encoding="utf-8"))
         return f"{found[1]}{make(tree)}{found[3]}"

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 KILLER = """
 import os, signal, sys
 phase, event, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-from rl_exit.trainers import run_directory as rd, supervised
-supervised.CHECKPOINT_SECONDS = 0.0
+from rl_exit.trainers import policy_phase, run_directory as rd, supervised
+supervised.CHECKPOINT_SECONDS = policy_phase.CHECKPOINT_SECONDS = 0.0
 left = [count]
 def hit():
     left[0] -= 1
