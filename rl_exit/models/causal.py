@@ -34,6 +34,7 @@ from rl_exit.errors import ModelError
 from rl_exit.generation import api
 from rl_exit.generation.loop import Event
 from rl_exit.models import folder, pretrained
+from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_input, input_size, policy_input
 from rl_exit.models.backbones import step_backbone
 from rl_exit.models.card import causal_card
 from rl_exit.models.policy import PolicyHeads
@@ -53,6 +54,8 @@ class EarlyExitCausalConfig(PretrainedConfig):
         exit_every: k: exits at layers k, 2k, ..., and at the last.
         exit_rank: Rank of each exit's adapter; 0: a norm alone.
         policy_width: W, hidden width of the policy heads.
+        policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"`` (:mod:`rl_exit.models.answers`);
+            with the latter two the head is computed at every exit that a token passes.
         policy_shared: Whether the policy heads of all exits share their weights.
         max_tokens: Tokens of an example, longer ones are cut.
         threshold: Operating point: leave at the first ``pi > threshold``.
@@ -70,6 +73,7 @@ class EarlyExitCausalConfig(PretrainedConfig):
         exit_every: int = 1,
         exit_rank: int = 0,
         policy_width: int = 64,
+        policy_inputs: Inputs = "state",
         policy_shared: bool = False,
         max_tokens: int = 512,
         threshold: float = 0.5,
@@ -82,6 +86,7 @@ class EarlyExitCausalConfig(PretrainedConfig):
         self.exit_every = exit_every
         self.exit_rank = exit_rank
         self.policy_width = policy_width
+        self.policy_inputs = policy_inputs
         self.policy_shared = policy_shared
         self.max_tokens = max_tokens
         self.threshold = threshold
@@ -161,7 +166,11 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
         self.exit_layers = exit_layers(self.num_layers, config.exit_every)
         self.num_exits = len(self.exit_layers)
         self.exits = TokenExits(self.backbone.final_norm, self.num_exits, hidden, config.exit_rank)
-        self.policy = PolicyHeads(self.num_exits, hidden, config.policy_width, config.policy_shared)
+        if config.policy_inputs not in INPUTS:
+            raise ModelError(f"policy_inputs '{config.policy_inputs}' is unknown; accepted: {', '.join(INPUTS)}")
+        self.policy = PolicyHeads(
+            self.num_exits, input_size(config.policy_inputs, hidden), config.policy_width, config.policy_shared
+        )
         self.lm_head = None if config.tied_head else nn.Linear(hidden, config.vocab_size, bias=False)
         self.tokenizer: Any = None
         self.exit_of_layer = [0] * (self.num_layers + 1)
@@ -210,6 +219,7 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
         exit_every: int = 1,
         exit_rank: int = 0,
         policy_width: int = 64,
+        policy_inputs: Inputs = "state",
         policy_shared: bool = False,
         max_length: int | None = None,
         task: str = "",
@@ -224,6 +234,7 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
             exit_every: k: exits at layers k, 2k, ..., and at the last.
             exit_rank: Rank of each exit's adapter; 0: a norm alone.
             policy_width: Hidden width of the policy heads.
+            policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"``.
             policy_shared: Whether the policy heads of all exits share their weights.
             max_length: Tokens of an example; None: 512, or what the backbone has positions for if that is less.
             task: The task's name.
@@ -255,6 +266,7 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
             exit_every=exit_every,
             exit_rank=exit_rank,
             policy_width=policy_width,
+            policy_inputs=policy_inputs,
             policy_shared=policy_shared,
             max_tokens=length,
             task=task,
@@ -397,7 +409,16 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
 
     def exit_logits(self, states: Tensor) -> Tensor:
         """The policy's log-odds of Exit at exits 1..E-1, [N, E-1], from states [N, E, H]."""
-        return self.policy(states)
+        return self.policy(self.policy_reads(states))
+
+    def policy_reads(self, states: Tensor) -> Tensor:
+        """What the policy reads of N tokens: [N, E, D] from states [N, E, H]; logits exist for a block at a time."""
+        inputs: Inputs = self.config.policy_inputs
+        if inputs == "state":
+            return states
+        rows = max(self._block_rows() // self.num_exits, 1)
+        parts = [every_policy_input(inputs, part, self.head(part).float()) for part in states.split(rows) if len(part)]
+        return torch.cat(parts) if parts else states.new_zeros((0, self.num_exits, self.policy.hidden_size))
 
     def view(self, number: int, hidden: Tensor, progress: Tensor | None = None) -> LayerView:
         """What a criterion sees at exit ``number`` for B tokens, from their layer's output [B, H].
@@ -416,7 +437,7 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
             hidden.device,
             state=lambda: self.exit_state(number, hidden),
             logits=lambda: self.head(found.state),
-            exit_logit=lambda carry: self._exit_logit(found, carry),
+            exit_logit=lambda carry: self.exit_logit(found, carry),
             progress=progress,
         )
         return found
@@ -489,8 +510,12 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
         rule = api.the_rule(self, criterion, threshold)
         return api.stream_texts(self, prompts, rule, generation_config, options)
 
-    def _exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
-        return self.policy.at(view.layer, view.state)
+    def exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
+        """The policy's log-odds of Exit at one exit, [B]; what the exits answered is remembered in the carry."""
+        inputs: Inputs = self.config.policy_inputs
+        figures = None if inputs == "state" else answer_figures(view.layer, self.num_exits, view.logits, carry)
+        state = None if inputs == "answers" else view.state
+        return self.policy.at(view.layer, policy_input(inputs, state, figures))
 
     def forward(
         self,
