@@ -192,6 +192,10 @@ class RewardConfig(Section):
         description="price of a layer, in right answers (correctness; usual 0.003-0.03) or nats (paper 0.005-0.1); "
         "default: 0.1 for the rewards by cross-entropy",
     )
+    cost: Literal["layers", "latency"] = Field(
+        "layers",
+        description="what alpha is the price of: layers, or the time measured on this machine (in layers' time)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -208,9 +212,9 @@ class PolicyConfig(Section):
         "answers",
         description="what the policy reads: the exits' answers so far, the hidden state (the paper's), or both",
     )
-    answer: Literal["exit", "pooled"] = Field(
-        "pooled",
-        description="what is answered on leaving: what the exit says (the paper's), or all exits passed, weighted",
+    answer: Literal["exit", "own"] = Field(
+        "own",
+        description="what is answered on leaving: own, by heads fitted along with the policy; exit, as the paper",
     )
     instances: Literal["held", "all"] = Field(
         "held", description="what the policy learns on where some are held out: those alone, or the whole training set"
@@ -282,8 +286,25 @@ class StoreConfig(Section):
     num_workers: NonNegative = Field(
         0, description="Ray actors of one CPU that build it; 0 builds in this process; usual 0-64"
     )
+    use_gpu: bool = Field(False, description="one GPU per worker in place of the CPU (or this process's GPU)")
     max_gib: Rate = Field(
         2.0, description="generation: most GiB of token states on disk; what is more is learnt in blocks; usual 0.5-50"
+    )
+
+
+class PlacementConfig(Section):
+    """How the run shares the cluster with itself and with others."""
+
+    workers: Literal["auto", "keep", "alternate"] = Field(
+        "auto",
+        description="between its turns a worker of task_step and store is kept (a round starts at once) or gives its "
+        "resources back (alternate); auto: kept where there is room",
+    )
+    timeout: Annotated[float, Field(gt=0.0)] = Field(
+        120.0, description="seconds to wait for resources that others hold before giving up; usual 60-3600"
+    )
+    autoscale: bool = Field(
+        False, description="the cluster grows on demand: ask it to and wait, in place of refusing what does not fit yet"
     )
 
 
@@ -360,12 +381,20 @@ class RunConfig(Section):
 
     name: str | None = Field(None, description="name of the run directory; default: the task's name")
     output_dir: str = Field("runs", description="folder of run directories")
+    storage_path: str | None = Field(
+        None,
+        description="folder shared by all nodes, or a URL (s3://, gs://, ...), that keeps all a run writes; "
+        "default: output_dir alone",
+    )
     seed: NonNegative = Field(0, description="one seed for everything")
     recipe: Literal["evidence", "paper"] = Field(
         "evidence", description="evidence: the settings found best (docs/recipes.md); paper: ConsistentEE as published"
     )
     algorithm: str = Field("pg", description="pg, ppo, ... (rl-exit algorithms)")
     cluster: str = Field("local", description="local, or the address of a Ray cluster")
+    tracking: Literal["none", "mlflow", "wandb"] = Field(
+        "none", description="where metrics go besides TensorBoard and the run directory"
+    )
     keep_rounds: Literal["last", "all"] = Field("last", description="whose state stores stay on disk afterwards")
     task: TaskConfig = Field(default_factory=TaskConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -376,6 +405,7 @@ class RunConfig(Section):
     learners: LearnersConfig = Field(default_factory=LearnersConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
     task_step: TaskStepConfig = Field(default_factory=TaskStepConfig)
+    placement: PlacementConfig = Field(default_factory=PlacementConfig)
     alternation: AlternationConfig = Field(default_factory=AlternationConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)

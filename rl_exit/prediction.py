@@ -21,6 +21,8 @@ def predict_texts(
     batch_size: int,
     word: str | None = None,
     params: Sequence[str] = (),
+    operating_point: str | None = None,
+    speed: float | None = None,
 ) -> list[dict[str, Any]]:
     """Label texts with a saved model.
 
@@ -32,6 +34,8 @@ def predict_texts(
         batch_size: Texts per batch.
         word: Exit criterion in place of the policy; learned ones are read from ``criteria/`` in the model's folder.
         params: Its parameters, ``key=value``.
+        operating_point: Name of a point saved with the model.
+        speed: Place on the dial.
 
     Returns:
         One mapping per text: label, label_id, probabilities, exit_layer.
@@ -44,7 +48,15 @@ def predict_texts(
     rule = chosen_criterion(word, params, Path(folder))
     loaded = EarlyExitModel.from_pretrained(folder)
     second = None if pairs is None else list(pairs)
-    found = loaded.predict(list(texts), second, batch_size=batch_size, threshold=threshold, criterion=rule)
+    found = loaded.predict(
+        list(texts),
+        second,
+        batch_size=batch_size,
+        threshold=threshold,
+        criterion=rule,
+        operating_point=operating_point,
+        speed=speed,
+    )
     if not all(math.isfinite(max(prediction.probabilities)) for prediction in found):
         raise ModelError(f"model '{model}': its answers are not finite numbers, so its weights are damaged")
     return [prediction.to_dict() for prediction in found]

@@ -38,13 +38,20 @@ def train(
 
     config = load_config(*split_words(words))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rl_exit.cluster.reach import check_reach
     from rl_exit.cluster.session import ray_session
     from rl_exit.progress import Silent, Terminal
     from rl_exit.trainers.alternation import train as run
 
-    with ray_session(config):
-        results = run(config, Silent() if quiet else Terminal(), resume=resume, overwrite=overwrite)
+    with ray_session(config) as plan:
+        check_reach(config)
+        display = Silent() if quiet else Terminal()
+        if plan.phases:
+            display.say(plan.describe())
+        results = run(config, display, resume=resume, overwrite=overwrite, kept=plan.kept)
     _show_results(results, config.run_dir, as_json)
+    if config.storage_path is not None and not as_json:
+        typer.echo(f"kept in: {config.storage_path.rstrip('/')}/{config.run_name}")
 
 
 def _show_results(results: dict[str, Any], run_dir: Path, as_json: bool) -> None:
@@ -96,6 +103,8 @@ def predict(
     threshold: Annotated[float | None, typer.Option(help="Leave where pi is above it; default: the model's.")] = None,
     criterion: Rule = None,
     param: Params = None,
+    point: Annotated[str | None, typer.Option(help="Operating point that calibrate has saved, e.g. fast.")] = None,
+    speed: Annotated[float | None, typer.Option(help="Place on the dial, 0 (full depth) to 1.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch.")] = 32,
     as_json: Json = False,
 ) -> None:
@@ -103,7 +112,7 @@ def predict(
     from rl_exit.prediction import predict_texts
 
     texts, pairs = _read_texts(text, text_pair, file)
-    rows = predict_texts(model, texts, pairs, threshold, batch_size, criterion, param or [])
+    rows = predict_texts(model, texts, pairs, threshold, batch_size, criterion, param or [], point, speed)
     if as_json:
         print_json(rows)
         return

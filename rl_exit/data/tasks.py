@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -122,6 +122,35 @@ def load_task(config: TaskConfig, seed: int) -> Task:
         for name, split in splits.items()
     )
     return replace(task, splits=splits, description=f"{task.description.rstrip('. ')}. Rows: {sizes}.")
+
+
+def load_labelled(path: str, config: TaskConfig, label_names: Sequence[str], labelled: bool = True) -> TextSplit:
+    """Read one file or one folder's only split of more texts of a task that a model already knows.
+
+    Args:
+        path: File (Parquet, CSV, TSV, JSONL).
+        config: The task that the model was trained on; its columns are looked for.
+        label_names: The model's classes in the order of their numbers.
+        labelled: Whether labels are needed; without them all are 0.
+
+    Raises:
+        DataError: Anything wrong with the file, its columns, texts or labels.
+    """
+    info = find_task(config.name)
+    source = open_local(path)
+    if len(source.names) != 1:
+        raise DataError(f"{source.origin}: {len(source.names)} splits ({', '.join(source.names)}); name one file")
+    raw = source.read(source.names[0])
+    text, pair, label = config.text or info.text, config.text_pair or info.text_pair, config.label or info.label
+    wanted = {"task.text": text, "task.text_pair": pair, **({"task.label": label} if labelled else {})}
+    check_columns(raw, wanted)
+    numbers = np.zeros(raw.table.num_rows, dtype=np.int64)
+    if labelled:
+        found = read_labels(raw, label)
+        if found.all_unlabelled:
+            raise DataError(f"{raw.where}, column '{label}': all labels are missing")
+        numbers = encode(found, find_classes(found, raw, label_names, None))
+    return _text_split(raw, text, pair, numbers)
 
 
 def tokenise(split: TextSplit, tokenizer: Any, max_length: int) -> Instances:

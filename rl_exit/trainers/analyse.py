@@ -35,9 +35,9 @@ from rl_exit.trainers.alternation import policy_settings
 from rl_exit.trainers.analyse_hardness import hardness
 from rl_exit.trainers.kept_logits import kept_logits
 from rl_exit.trainers.policy_phase import train_policy
-from rl_exit.trainers.policy_store import policy_store
+from rl_exit.trainers.policy_store import fit_answers, policy_store
 from rl_exit.trainers.run_directory import RunDirectory, refuse_generation, versions
-from rl_exit.trainers.store_evaluation import evaluate_store, exit_logits_of
+from rl_exit.trainers.store_evaluation import answers_of, evaluate_store, exit_logits_of
 from rl_exit.trainers.store_phase import model_fingerprint
 
 REWARDS = ("vanilla", "hardness", "correctness")
@@ -115,9 +115,8 @@ def _store(path: Path, results: dict[str, Any], split: str) -> StateStore:
 
 def _exits(path: Path, display: Display, dev: StateStore, model: EarlyExitModel, threshold: float) -> dict[str, Any]:
     """Fig. 2: the exits of both objectives on dev, on the same groups of instances: those of the finished model."""
-    left = exit_layers(
-        exit_logits_of(dev, model.policy, model.config.policy_inputs, model.answer_pool), log_odds(threshold)
-    )
+    odds = exit_logits_of(dev, model.policy, model.config.policy_inputs, answers_of(dev, model.answer_heads))
+    left = exit_layers(odds, log_odds(threshold))
     before = _initial_logits(path, display, dev)
     labels = np.array(dev.labels)
     first = exit_figures(losses_of(before, labels), before.argmax(-1) == labels[:, None], left)
@@ -155,16 +154,18 @@ def _rewards(
     rewards: dict[str, Any] = {}
     total = sum(len(values) for values in alphas.values())
     inputs = model.config.policy_inputs
-    pool = model.answer_pool
+    # Of new heads on the same instances: the model's own know these.
+    fitted = None if model.answer_heads is None else fit_answers(train, derive_seed(config.seed, "answers", "analysis"))
+    own = None if fitted is None else answers_of(dev, fitted.heads)
     with (
-        policy_store(train.path, inputs, pool) as store,
+        policy_store(train.path, inputs, None if fitted is None else fitted.answers) as store,
         display.step(f"{total} policies on the kept store", total) as bar,
     ):
         for reward, values in alphas.items():
             points = []
             for alpha in values:
                 heads = _trained(config, store, model.policy, reward, alpha)
-                found = evaluate_store(dev, heads, results["metric"], PAPER_THRESHOLD, inputs, pool)
+                found = evaluate_store(dev, heads, results["metric"], PAPER_THRESHOLD, inputs, own)
                 rows.append(policy_row(reward, alpha, found))
                 points += points_of(found, alpha)
                 bar.update(len(rows), f"{reward}, alpha {alpha:g}: exit {found.mean_exit_layer:.2f}")
