@@ -31,7 +31,7 @@ from rl_exit.trainers.exit_training import ExitTraining, LoraSettings, objective
 from rl_exit.trainers.finish import finish
 from rl_exit.trainers.initialised import take_initialised
 from rl_exit.trainers.policy_phase import PolicyPhaseSettings, PolicyProgress, train_policy
-from rl_exit.trainers.policy_store import fit_answers, policy_store
+from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
 from rl_exit.trainers.rllib.registry import check_algorithm
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
 from rl_exit.trainers.store_evaluation import answers_of, evaluate_store
@@ -229,7 +229,8 @@ class _Alternation:
         kept = self._round(number) / "store-train"
         answers = None
         if model.answer_heads is not None:
-            fitted = fit_answers(StateStore.open(kept), derive_seed(c.seed, "answers", number))
+            seed = derive_seed(c.seed, "answers", number)
+            fitted = fit_answers(StateStore.open(kept), seed, held_ids(self.run.path))
             model.answer_heads, answers = fitted.heads, fitted.answers
         with (
             policy_store(kept, c.policy.inputs, answers) as store,
@@ -245,7 +246,8 @@ class _Alternation:
             self.display.say(f"warning: {warning}")
         model.policy.load_state_dict(outcome.weights)
         model.save_pretrained(self._round(number) / "model")
-        return {"warnings": list(outcome.warnings)}
+        own = {} if model.answer_heads is None else {"own_answers": list(fitted.better)}
+        return {"warnings": list(outcome.warnings), **own}
 
     def _dev(self, number: int, log: MetricLog) -> dict[str, Any]:
         c = self.config
