@@ -27,8 +27,9 @@ from rl_exit.comparison.tables import (
     span,
     verdicts,
 )
-from rl_exit.listings import bench_rows
+from rl_exit.listings import GENERATION_HEADER, bench_rows, generation_rows
 from rl_exit.trainers.bench.learning_report import learning_rows, learning_svg
+from rl_exit.trainers.bench.writing_report import curve_rows, proven_rows, written_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
@@ -224,14 +225,194 @@ def _compare_origin(tree: dict[str, Any]) -> str:
     )
 
 
+def chaos(results: dict[str, Any]) -> str:
+    """Faults, what was survived, and what was lost."""
+    header = ["fault", "runs", "survived", "equal result", "lost, median s", "lost, most s"]
+
+    def row(name: str, found: dict[str, Any]) -> list[str]:
+        lost = [
+            "-" if found[key] is None else f"{found[key]:.1f}" for key in ("lost_seconds_median", "lost_seconds_max")
+        ]
+        return [name, *(str(found[key]) for key in ("runs", "survived", "equal_result")), *lost]
+
+    rows = [row(name, found) for name, found in results["faults"].items()] + [row("all", results["total"])]
+    origin = f"`{results['command']}`, {results['date']}, {results['machine']}, Ray {results['versions']['ray']}.\n"
+    return markdown_table(header, rows) + "\n" + origin
+
+
+def scaling(results: dict[str, Any]) -> str:
+    """Constants and the simulated updates."""
+    c, a = results["constants"], results["assumptions"]
+    header = ["runners", "learners", "draw ms", "of it barrier ms", "driver ms", "learn ms", "strict ms", "overlap ms"]
+    names = ("draw", "barrier", "driver", "learn", "strict", "overlap")
+    rows = [
+        [str(row["runners"]), str(row["learners"]), *(f"{1e3 * row[name]:.1f}" for name in names)]
+        for row in results["rows"]
+    ]
+    lines = [f"{number} learner(s): {_limit(found)}" for number, found in results["limits"].items()]
+    return (
+        f"Per batch of 256: sample {1e3 * c['sample']:.2f} ms (spread {c['spread']:.2f}), learn {1e3 * c['learn']:.2f} "
+        f"ms, {c['answer_bytes'] / 1e3:.0f} kB of orders and answers; weights {c['weight_bytes'] / 1e6:.2f} MB; "
+        f"latency {1e3 * c['latency']:.2f} ms, order {1e6 * c['order']:.0f} us, answer {1e6 * c['answer']:.0f} us, put "
+        f"{1e3 * c['put']:.2f} ms. `{results['command']}`, {results['date']}, {results['cores']} cores, load average "
+        f"{results['load_average']}. Assumed: {a['runners_per_node']} runners a node, "
+        f"{a['bandwidth'] / 1e9:.2f} GB/s.\n\n"
+        + markdown_table(header, rows)
+        + "\n"
+        + "".join(f"- {x}\n" for x in lines)
+    )
+
+
+def _limit(found: dict[str, Any]) -> str:
+    if found["learner"] is not None:
+        return f"learning takes longer than drawing from {found['learner']} runners on"
+    if found["driver"] is not None:
+        return (
+            f"the learners never limit; the driver's calls take longer than all else from {found['driver']} runners on"
+        )
+    return "nothing limits up to 1000 runners"
+
+
+def overhead(results: dict[str, Any]) -> str:
+    """Seconds of a round on top of its work."""
+    header = ["round", "overhead s", "state store", "policy phase", "dev", "task step"]
+    rows = [
+        [str(row["round"]), *(f"{row.get(name, 0.0):.1f}" for name in ("overhead", "store", "policy", "dev", "task"))]
+        for row in results["rounds"]
+    ]
+    return markdown_table(header, rows) + (
+        f"\nInitialisation, which starts the Ray Train workers: {results['initialisation']:.1f} s. "
+        f"`{results['command']}`, {results['date']}, {results['cores']} cores, load average "
+        f"{results['load_average']}, Ray {results['versions']['ray']}.\n"
+    )
+
+
+SERVED = {"pooled": "pooled", "plain": "plain batching", "full_depth": "full depth, plain batching"}
+
+
+def serving(results: dict[str, Any]) -> str:
+    """Latency by load, and throughput at equal p95."""
+    rows = [
+        [
+            SERVED[kind],
+            f"{row['offered_per_s']:g}",
+            f"{row['answered_per_s']:.1f}",
+            f"{row['texts_per_s']:.0f}",
+            *(f"{row[key]:.0f}" for key in ("p50_ms", "p95_ms", "p99_ms")),
+        ]
+        for kind, found in results["rows"].items()
+        for row in found
+    ]
+    load = markdown_table(["", "offered per s", "answered per s", "texts per s", "p50 ms", "p95 ms", "p99 ms"], rows)
+    bounds = [
+        [
+            f"{limit} ms",
+            *("-" if found.get(kind) is None else f"{found[kind]:.1f}" for kind in SERVED),
+            "-" if ratio is None else f"{ratio:.2f}",
+        ]
+        for (limit, found), ratio in zip(
+            results["throughput_at_p95_ms"].items(), results["pooled_vs_plain"].values(), strict=True
+        )
+    ]
+    equal = markdown_table(["p95 at most", *(f"{name}, per s" for name in SERVED.values()), "pooled / plain"], bounds)
+    machine, versions = results["machine"], results["versions"]
+    origin = (
+        f"`{results['command']}` of {results['date'][:10]}: {machine['cpu']}, {machine['cores']} cores, torch "
+        f"{versions['torch']}, Ray {versions['ray']}; load average at the end {machine['load_average_at_end']:.1f}.\n"
+    )
+    return f"{origin}\n{load}\n{equal}"
+
+
+def trials(results: dict[str, dict[str, Any]]) -> str:
+    """What the server went through: a killed replica, a long load, random requests."""
+    lines = []
+    for name in ("chaos", "soak", "fuzz"):
+        found = results.get(f"serving-{name}")
+        if found is None:
+            lines.append(f"- {name}: not recorded yet.\n")
+            continue
+        if name == "chaos":
+            said = (
+                f"{found['killed']} of {found['replicas']} replicas killed in turn under {found['offered_per_s']:g} "
+                f"requests a second: {found['requests']} requests, {found['lost']} lost, "
+                f"{found['given_to_another_replica']:.0f} given to another replica; p95 {found['p95_ms']:.0f} ms"
+            )
+        elif name == "soak":
+            growth = ", ".join(f"{k} {v:+.1f} MB" for k, v in found["growth_mb_second_half_over_first"].items())
+            said = (
+                f"{found['minutes']:g} minutes of {found['offered_per_s']:g} requests a second: "
+                f"{found['answered']} of {found['requests']} answered; resident memory, median of the second half "
+                f"against that of the first: {growth}"
+            )
+        else:
+            statuses = ", ".join(f"{status}: {count}" for status, count in found["statuses"].items())
+            said = (
+                f"{found['requests']} random requests: {found['server_errors']} answered with 5xx, "
+                f"{found['undeclared_or_without_message']} with a status that the schema does not declare or without a "
+                f"message ({statuses})"
+            )
+        lines.append(f"- {said} (`{found['command']}`, {found['date'][:10]}).\n")
+    return "".join(lines)
+
+
+def clock(results: dict[str, Any]) -> str:
+    """The table of docs/generate.md, with its origin."""
+    machine, versions, model = results["machine"], results["versions"], results["model"]
+    rows = [[*cells, "yes" if met else "no"] for cells, met in generation_rows(results)]
+    origin = (
+        f"`{results['command']}` of {results['date'][:10]}: {model['family']}, {model['num_layers']} layers, hidden "
+        f"{model['hidden_size']}, vocabulary {model['vocab_size']}, {model['dtype']}, random weights, exit layers "
+        f"drawn from a fixed distribution; {machine['cpu']}, one thread, load average at the end "
+        f"{machine['load_average_at_end']:.1f}; torch {versions['torch']}, transformers {versions['transformers']}.\n"
+    )
+    header = [*GENERATION_HEADER, f"at least {results['target']:g}"]
+    return f"{origin}\n{markdown_table(header, rows)}"
+
+
+def curves(results: dict[str, Any]) -> str:
+    """Decoders: every rule at equal speeds, and what Learn-then-Test allows."""
+    if not results:
+        return "Nothing is recorded yet.\n"
+    parts = []
+    for tree in results.values():
+        seeds = ", ".join(str(seed["seed"]) for seed in tree["seeds"])
+        parts.append(
+            f"{tree['seeds'][0]['num_layers']} layers, seeds {seeds}: mean, least and greatest. "
+            f"{tree['examples']} examples of test that the model is made to say, {tree['prompts']} prompts that it "
+            f"goes on with for {tree['new_tokens']} tokens (`{tree['command']}`, {tree['date'][:10]}, torch "
+            f"{tree['versions']['torch']}).\n\n{markdown_table(*curve_rows(tree))}\n"
+            f"Learn-then-Test, at most {100 * tree['seeds'][0]['learn_then_test']['delta']:g} % of a response's tokens "
+            f"changed, with confidence {100 * (1 - tree['seeds'][0]['learn_then_test']['level']):g} %:\n\n"
+            f"{markdown_table(*proven_rows(tree))}"
+        )
+    return "\n".join(parts)
+
+
+def written(results: dict[str, Any]) -> str:
+    """Decoders: recorded runs."""
+    if not results:
+        return "Nothing is recorded yet.\n"
+    runs = {name.removeprefix("writing-"): run for name, run in results.items()}
+    origins = "".join(f"- {name}: {_origin(run)}\n" for name, run in sorted(runs.items()))
+    return f"{markdown_table(*written_rows(runs))}\n{origins}"
+
+
 # Marker -> (results file, table); of a name with a star, the table of all the files by name.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sampling": ("sampling", sampling),
     "default": ("runs", default),
     "tasks": ("runs", tasks),
     "learning": ("learning-stackoverflow", learning),
+    "clock": ("generation-clock", clock),
     "comparisons": ("compare-*", comparisons),
     "ablations": ("ablation-*", ablations),
+    "chaos": ("chaos", chaos),
+    "scaling": ("scaling", scaling),
+    "overhead": ("overhead", overhead),
+    "serving": ("serving-load", serving),
+    "trials": ("serving-*", trials),
+    "curves": ("curves-*", curves),
+    "written": ("writing-*", written),
     "answers": ("answers-*", own_answers),
 }
 # Image -> (results file, drawing).
@@ -248,8 +429,10 @@ def rendered(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:
         if "*" in file:
             paths = sorted(results.glob(f"{file}.json"))
             tree = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-        else:
+        elif (results / f"{file}.json").is_file():
             tree = json.loads((results / f"{file}.json").read_text(encoding="utf-8"))
+        else:
+            return f"{found[1]}Not recorded yet.\n{found[3]}"
         return f"{found[1]}{make(tree)}{found[3]}"
 
     return MARKED.sub(table, page)

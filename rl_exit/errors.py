@@ -32,6 +32,10 @@ class RunError(UserError):
     """A run directory that is missing, in the way or not of the expected form."""
 
 
+class StorageError(RunError):
+    """Storage that does not answer; it may come back, so the step can be tried again."""
+
+
 def nearest(word: str, accepted: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest accepted word, or an empty string if none is close."""
     close = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.5)

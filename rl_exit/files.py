@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rl_exit.errors import RunError, UserError
+from rl_exit.errors import RunError, StorageError, UserError
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def explain_os_error(error: OSError, path: Path) -> str | None:
         return f"{where}: no access ({error.strerror})"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return f"{where}: a file stands where a folder is needed"
-    if error.errno in _TOLD:
+    if error.errno in _TOLD or error.errno in AWAY:
         return f"{where if len(str(where)) < 200 else str(where)[:200] + '...'}: {(error.strerror or '').lower()}"
     return None
 
@@ -110,9 +110,20 @@ def explain_os_error(error: OSError, path: Path) -> str | None:
 _TOLD = frozenset(
     {
         *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EMFILE, errno.ENFILE),
-        *(errno.EIO, errno.ESTALE, errno.ENXIO, errno.ETXTBSY),
+        errno.ETXTBSY,
     }
 )
+# Storage that is away: a disk or a network file system that fails, and may be back in a moment.
+AWAY = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EREMOTEIO),
+    }
+)
+
+
+def _kind(number: int | None) -> type[UserError]:
+    return StorageError if number in AWAY else UserError
 
 
 def _no_space(where: object) -> str:
@@ -128,7 +139,7 @@ def telling_disk_errors(path: Path) -> Iterator[None]:
         message = explain_os_error(error, path)
         if message is None:
             raise
-        raise UserError(message) from error
+        raise _kind(error.errno)(message) from error
     except Exception as error:  # libraries written in Rust tell disk errors in words only
         found = re.search(r"\(os error (\d+)\)", str(error))
         number = int(found[1]) if found else errno.ENOSPC if "No space left on device" in str(error) else None
@@ -137,4 +148,4 @@ def telling_disk_errors(path: Path) -> Iterator[None]:
         message = explain_os_error(OSError(number, os.strerror(number)), path)
         if message is None:
             raise
-        raise UserError(message) from error
+        raise _kind(number)(message) from error

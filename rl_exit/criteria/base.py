@@ -42,6 +42,8 @@ class LayerView:
         num_layers: L.
         batch_size: B.
         device: Where the answer is wanted.
+        progress: Share of each row's generation that is done, [B] within 0..1 (CALM's t / N); None where nothing is
+            generated.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class LayerView:
         logits: Callable[[], Tensor],
         exit_logit: Callable[[Carry], Tensor],
         answer: Callable[[], Tensor] | None = None,
+        progress: Tensor | None = None,
     ) -> None:
         """Set the parts.
 
@@ -67,11 +70,13 @@ class LayerView:
             exit_logit: Gives the policy's log-odds of Exit [B] and keeps in the carry what it must remember; not called
                 at layer L.
             answer: Gives what the policy answers [B, C]; None: what the exit says.
+            progress: t / N of each row's generation, [B].
         """
         self.layer = layer
         self.num_layers = num_layers
         self.batch_size = batch_size
         self.device = device
+        self.progress = progress
         self._state = state
         self._logits = logits
         self._exit_logit = exit_logit

@@ -25,13 +25,15 @@ from transformers.modeling_outputs import ModelOutput
 
 from rl_exit.criteria import Carry, ConsistentEE, Criterion, LayerView
 from rl_exit.errors import ModelError
-from rl_exit.inference import choose_criterion, run_batch, run_texts
+from rl_exit.inference import run_batch, run_texts
 from rl_exit.models import folder, pretrained
 from rl_exit.models.answer_heads import ANSWERS, Answer, AnswerHeads
 from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_input, input_size, policy_input
 from rl_exit.models.backbones import StepState, step_backbone
+from rl_exit.models.choices import chosen_rule
 from rl_exit.models.exits import ExitHeads, pool
 from rl_exit.models.policy import PolicyHeads
+from rl_exit.models.quick_policy import QuickPolicy
 
 POOLINGS = ("cls", "mean", "last")
 
@@ -52,6 +54,7 @@ class EarlyExitConfig(PretrainedConfig):
         threshold: Operating point: leave at the first ``pi > threshold``.
         metric: The task's metric.
         task: The task's name.
+        operating_points: By name, what ``rl-exit calibrate`` has chosen (:mod:`rl_exit.operating`).
         **kwargs: Common fields.
     """
 
@@ -73,6 +76,7 @@ class EarlyExitConfig(PretrainedConfig):
         threshold: float = 0.5,
         metric: str = "accuracy",
         task: str = "",
+        operating_points: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
@@ -87,6 +91,7 @@ class EarlyExitConfig(PretrainedConfig):
         self.threshold = threshold
         self.metric = metric
         self.task = task
+        self.operating_points = operating_points or {}
         super().__init__(**kwargs)
 
     def backbone_config(self) -> Any:
@@ -186,6 +191,7 @@ class EarlyExitModel(PreTrainedModel):
         own = config.policy_answer == "own"
         self.answer_heads = AnswerHeads(self.num_layers, hidden, config.num_labels) if own else None
         self.tokenizer: Any = None
+        self._quick: QuickPolicy | None = None
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -381,6 +387,8 @@ class EarlyExitModel(PreTrainedModel):
         batch_size: int = 32,
         threshold: float | None = None,
         criterion: Criterion | None = None,
+        operating_point: str | None = None,
+        speed: float | None = None,
         progress: bool = False,
     ) -> list[Prediction]:
         """Classify texts; each leaves at its own layer and the layers above are not computed for it.
@@ -391,6 +399,8 @@ class EarlyExitModel(PreTrainedModel):
             batch_size: Texts at a time; changes speed, not results.
             threshold: Of the policy, in place of ``config.threshold``.
             criterion: In place of the policy, e.g. ``rl_exit.criteria.criterion("max_probability", threshold=0.9)``.
+            operating_point: Name of a point that ``rl-exit calibrate`` has saved, in place of the threshold.
+            speed: Place on the dial that ``rl-exit dial`` has trained, 0 (full depth) to 1, in place of the threshold.
             progress: Show a bar on standard error.
 
         Returns:
@@ -399,7 +409,7 @@ class EarlyExitModel(PreTrainedModel):
         Raises:
             UserError: Something other than texts was given, or a value out of range.
         """
-        rule = choose_criterion(criterion, threshold, self.config.threshold)
+        rule = chosen_rule(self, threshold, criterion, operating_point, speed)
         out = run_texts(self, texts, text_pairs, rule, batch_size, progress)
         chosen = out.logits.argmax(-1)
         names = self.config.id2label
@@ -409,6 +419,48 @@ class EarlyExitModel(PreTrainedModel):
                 chosen.tolist(), out.logits.softmax(-1).tolist(), out.exit_layer.tolist(), strict=True
             )
         ]
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model with its tokenizer, card, learned criteria and dial.
+
+        Args:
+            repo_id: ``user/name``.
+            **options: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``, as in huggingface_hub.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ModelError: The hub cannot be reached or refuses.
+        """
+        return folder.push(self, repo_id, options)
+
+    def lighten(self) -> EarlyExitModel:
+        """Make the model ready for answering alone: backbone in bfloat16, exits and policy stay in float32.
+
+        Half the memory, and faster where the processor computes in bfloat16. Answers then differ from those in float32
+        by its rounding.
+
+        Returns:
+            The model itself.
+        """
+        self.backbone.to(torch.bfloat16)
+        return self
+
+    def compile_layers(self) -> EarlyExitModel:
+        """Compile each layer (``torch.compile``, one program for all batch sizes and lengths).
+
+        Needs a C++ compiler, and some ten seconds at the first texts.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ModelError: The layers of this backbone are not separate modules.
+        """
+        for layer in self.backbone.layer_modules():
+            layer.compile(dynamic=True)
+        return self
 
     def exit_logits(self, states: Tensor, logits: Tensor) -> Tensor:
         """The policy's log-odds of Exit at layers 1..L-1, [B, L-1], from states [B, L, H] and logits [B, L, C]."""
@@ -421,12 +473,26 @@ class EarlyExitModel(PreTrainedModel):
     def _exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
         """Log-odds of Exit of one layer, [B]; what the exits answered is remembered in the carry."""
         inputs = self.config.policy_inputs
+        if inputs == "answers" and (quick := self._quick_policy(view.answer)) is not None:
+            return quick.at(view.layer, view.answer, carry)
         figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.answer, carry)
         state = None if inputs == "answers" else view.state
         return self.policy.at(view.layer, policy_input(inputs, state, figures))
 
+    def _quick_policy(self, logits: Tensor) -> QuickPolicy | None:
+        """The policy on numpy, where nothing is to be differentiated and all is on the CPU in float32."""
+        weight = self.policy.weight_in
+        if torch.is_grad_enabled() or logits.device.type != "cpu" or weight.dtype != torch.float32:
+            return None
+        if self._quick is None or not self._quick.serves(self.policy):
+            self._quick = QuickPolicy(self.policy, self.config.num_labels) if weight.device.type == "cpu" else None
+        return self._quick
+
     def _pooled(self, layer: int, state: StepState) -> Tensor:
-        return pool(self.backbone.hidden(layer, state), state.attention_mask, self.config.pooling)
+        hidden, how = self.backbone.hidden(layer, state), self.config.pooling
+        if how == "mean" and not state.padded:
+            return hidden.mean(1)
+        return pool(hidden, state.attention_mask, how)
 
 
 def _weighted_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from rl_exit.trainers.analyse_hardness import hardness
 from rl_exit.trainers.kept_logits import kept_logits
 from rl_exit.trainers.policy_phase import train_policy
 from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
-from rl_exit.trainers.run_directory import RunDirectory, versions
+from rl_exit.trainers.run_directory import RunDirectory, refuse_generation, versions
 from rl_exit.trainers.store_evaluation import answers_of, evaluate_store, exit_logits_of
 from rl_exit.trainers.store_phase import model_fingerprint
 
@@ -61,6 +61,7 @@ def analyse(path: Path, display: Display, alphas: Sequence[float] | None = None)
         RunError: No finished run, or its state stores are gone.
     """
     run = RunDirectory.open(path)
+    refuse_generation(path, "analyse")
     if not (path / "results.json").is_file():
         raise RunError(f"{path}: this run is not finished; continue it with rl-exit train --resume")
     results = read_json(path / "results.json")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,15 @@ from rl_exit.config import OptimConfig
 from rl_exit.criteria.heads import learned_head
 from rl_exit.criteria.learned import write_learned
 from rl_exit.data.instances import Instances
-from rl_exit.errors import UserError
+from rl_exit.errors import ConfigError, UserError
+from rl_exit.models.causal import EarlyExitCausalModel
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.lora import add_lora, merge_lora
 from rl_exit.objectives import DRAWS, Objective, ObjectiveOptions, Shape, objective, task_step
 from rl_exit.seeding import derive_seed
+from rl_exit.trainers.staging import at_hand, collect
 from rl_exit.trainers.supervised import OnUpdate, OptimSettings, Rank, fit
-
-REPORT_EVERY = 10
-POLL_SECONDS = 0.5
+from rl_exit.trainers.train_crew import TrainCrew
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,8 @@ class ExitTraining:
         options: Settings of the objective.
         visits: File for the answers of the last exit during training, from which forgetting events are counted; None:
             not kept.
+        exchange: Fields of :class:`~rl_exit.trainers.staging.Exchange`, for workers that do not see these paths; None:
+            all must see them.
     """
 
     model: str
@@ -69,6 +69,7 @@ class ExitTraining:
     seed: int
     options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     visits: str | None = None
+    exchange: Mapping[str, str] | None = None
 
 
 def objective_options(section: OptimConfig) -> ObjectiveOptions:
@@ -77,7 +78,9 @@ def objective_options(section: OptimConfig) -> ObjectiveOptions:
     return ObjectiveOptions(**{name: getattr(section, name) for name in names})
 
 
-def train_exits(job: ExitTraining, on_update: OnUpdate, num_workers: int = 0, use_gpu: bool = False) -> None:
+def train_exits(
+    job: ExitTraining, on_update: OnUpdate, num_workers: int = 0, use_gpu: bool = False, crew: TrainCrew | None = None
+) -> None:
     """Run a training to its end; the result is in ``job.output``.
 
     Args:
@@ -85,35 +88,50 @@ def train_exits(job: ExitTraining, on_update: OnUpdate, num_workers: int = 0, us
         on_update: Called as the training goes on, from this process.
         num_workers: Ray Train workers; 0 trains here, without a cluster.
         use_gpu: One GPU per worker.
+        crew: Workers that are kept for further trainings; None: they are started for this one.
 
     Raises:
-        UserError: What the training itself raised for the user, or a failed worker.
+        UserError: What the training itself raised for the user, or workers lost again and again.
     """
+    if crew is None and num_workers == 0:
+        _train_here(job, on_update, use_gpu)
+        return
+    workers = crew or train_crew(num_workers, use_gpu, Path(job.checkpoint).parent / "train")
+    try:
+        workers.do(asdict(job) | absolute_paths(job), on_update)
+        paths: dict[str, Any] = dict(absolute_paths(job))
+        collect(replace(job, **paths))
+    finally:
+        if crew is None:
+            workers.stop()
+
+
+def train_crew(num_workers: int, use_gpu: bool, storage: Path, timeout: float = 120.0) -> TrainCrew:
+    """Ray Train workers for any number of trainings, not yet started; the caller stops them."""
+    return TrainCrew(num_workers, use_gpu, storage, _train_as_rank, timeout)
+
+
+def _train_here(job: ExitTraining, on_update: OnUpdate, use_gpu: bool) -> None:
+    """The same through Ray Train in this process, which needs no cluster."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    payload = asdict(job) | absolute_paths(job)
-    mailbox: Any = None
-    if num_workers == 0:
 
-        def loop(config: dict[str, Any]) -> None:
-            _train(_from_payload(config), on_update, Rank(), wrap=lambda module: module, device=_device(use_gpu))
-    else:
-        loop, mailbox = _worker_loop, _open_mailbox()
-        payload["mailbox"] = mailbox
+    def loop(config: dict[str, Any]) -> None:
+        _train(_from_payload(config), on_update, Rank(), wrap=lambda module: module, device=_device(use_gpu))
+
     trainer = TorchTrainer(
         loop,
-        train_loop_config=payload,
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        train_loop_config=asdict(job) | absolute_paths(job),
+        scaling_config=ScalingConfig(num_workers=0, use_gpu=use_gpu),
         # The same name resumes silently, so every fit has its own.
         run_config=RunConfig(
             name=f"fit-{uuid.uuid4().hex[:8]}", storage_path=str(Path(job.checkpoint).parent.absolute() / "train")
         ),
     )
     try:
-        with _reading(mailbox, on_update):
-            trainer.fit()
+        trainer.fit()
     except UserError:
         raise
     except Exception as error:
@@ -129,30 +147,18 @@ def absolute_paths(job: ExitTraining) -> dict[str, str]:
     return {name: str(Path(getattr(job, name)).absolute()) for name in names if getattr(job, name) is not None}
 
 
-def _worker_loop(config: dict[str, Any]) -> None:
-    """The loop of one Ray Train worker."""
-    import ray.train
+def _train_as_rank(payload: dict[str, Any], report: OnUpdate, index: int, world: int) -> None:
+    """A training as one of several Ray Train workers."""
     import ray.train.torch
 
-    context = ray.train.get_context()
-    rank = Rank(context.get_world_rank(), context.get_world_size())
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank.world))
-
-    mailbox = config.pop("mailbox")
-    unsent: list[tuple[int, int, float, dict[str, float]]] = []
-
-    def report(done: int, total: int, epoch: float, values: dict[str, float]) -> None:
-        if rank.index == 0:
-            unsent.append((done, total, epoch, values))
-            if len(unsent) == REPORT_EVERY or done == total:
-                mailbox.put.remote(list(unsent))
-                unsent.clear()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
 
     def wrap(module: nn.Module) -> nn.Module:
         return ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"find_unused_parameters": True})
 
-    _train(_from_payload(config), report, rank, wrap, ray.train.torch.get_device())
+    with at_hand(_from_payload(payload), report, is_first=index == 0) as (job, tell):
+        _train(job, tell, Rank(index, world), wrap, ray.train.torch.get_device())
 
 
 def _train(
@@ -162,7 +168,7 @@ def _train(
     wrap: Callable[[nn.Module], nn.Module],
     device: torch.device | None,
 ) -> None:
-    model = EarlyExitModel.from_pretrained(job.model)
+    model: Any = EarlyExitModel.from_pretrained(job.model)
     instances = Instances.open(Path(job.instances))
     model.requires_grad_(True)
     model.policy.requires_grad_(False)
@@ -182,9 +188,12 @@ def _train(
         _save_heads(job, model, chosen)
 
 
-def _objective(job: ExitTraining, model: EarlyExitModel) -> Objective:
+def _objective(job: ExitTraining, model: Any) -> Objective:
     """The job's objective for this model; its heads derive from the job's seed."""
+    decoder = isinstance(model, EarlyExitCausalModel)
     if job.weights in DRAWS:
+        if decoder:
+            return task_step(lambda states, _: model.exit_logits(states), job.weights, job.settings.epochs, job.options)
 
         def policy(states: Tensor, logits: Tensor) -> Tensor:
             # In training the exits' answers come with dropout; the policy reads them as it will when the model is used.
@@ -196,13 +205,22 @@ def _objective(job: ExitTraining, model: EarlyExitModel) -> Objective:
                 model.exits.dropout.train(training)
 
         return task_step(policy, job.weights, job.settings.epochs, job.options)
-    shape = Shape(model.num_layers, model.exits.hidden_size, model.exits.num_classes)
+    if decoder:
+        shape = Shape(model.num_exits, model.backbone.hidden_size, model.head_weight.shape[0])
+    else:
+        shape = Shape(model.num_layers, model.exits.hidden_size, model.exits.num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(job.seed, "heads"))
-        return objective(job.weights, shape, job.settings.epochs, job.options)
+        chosen = objective(job.weights, shape, job.settings.epochs, job.options)
+    if decoder and (chosen.heads or any(phase.exits != "all" for phase in chosen.phases)):
+        raise ConfigError(
+            f"init.objective = '{job.weights}' trains exits in turn, and those of a decoder share one head; "
+            "accepted: weighted, uniform, distilled"
+        )
+    return chosen
 
 
-def _save_heads(job: ExitTraining, model: EarlyExitModel, chosen: Objective) -> None:
+def _save_heads(job: ExitTraining, model: Any, chosen: Objective) -> None:
     """Write the heads that were trained along as criteria beside the model."""
     notes: dict[str, object] = {"objective": job.weights, "epochs": chosen.epochs, "seed": job.seed}
     for word, head in chosen.heads.items():
@@ -224,51 +242,6 @@ def _device(use_gpu: bool) -> torch.device | None:
     if not torch.cuda.is_available():
         raise UserError("task_step.use_gpu=true, but torch finds no GPU here; set it to false")
     return torch.device("cuda")
-
-
-def _open_mailbox() -> Any:
-    """An actor that holds rank 0's progress until the driver fetches it: Ray Train's callbacks run elsewhere."""
-    import ray
-
-    class Mailbox:
-        def __init__(self) -> None:
-            self._letters: list[Any] = []
-
-        def put(self, letters: list[Any]) -> None:
-            self._letters += letters
-
-        def take(self) -> list[Any]:
-            letters, self._letters = self._letters, []
-            return letters
-
-    return ray.remote(num_cpus=0)(Mailbox).remote()
-
-
-@contextlib.contextmanager
-def _reading(mailbox: Any, on_update: OnUpdate) -> Iterator[None]:
-    """Hand what comes into the mailbox to ``on_update`` while the block runs, and the rest at its end."""
-    if mailbox is None:
-        yield
-        return
-    import ray
-
-    over = threading.Event()
-
-    def read() -> None:
-        last = False
-        while not last:
-            last = over.wait(POLL_SECONDS)
-            for letter in ray.get(mailbox.take.remote()):
-                on_update(*letter)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        yield
-    finally:
-        over.set()
-        reader.join(timeout=60.0)
-        ray.kill(mailbox)
 
 
 def _user_error_in(error: BaseException) -> UserError | None:

@@ -6,7 +6,9 @@ the columnar runner) no Ray cluster is needed or started.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,12 @@ from torch import Tensor
 from rl_exit.errors import RunError
 from rl_exit.trainers.rllib.registry import check_algorithm
 
+CHECKPOINT_SECONDS = 30.0
+ATTEMPTS = 3  # with new learners, without progress between them
 COLLAPSED = 0.99  # share of trajectories at one end that counts as collapse
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class PolicyPhaseSettings:
     shared: bool = False
     reward: str = "hardness"
     alpha: float = 0.05
+    cost: tuple[float, ...] | None = None
     runner: Literal["columnar", "rllib"] = "columnar"
     num_env_runners: int = 0
     envs_per_runner: int = 64
@@ -94,6 +102,7 @@ def train_policy(
     policy_weights: dict[str, Tensor],
     settings: PolicyPhaseSettings,
     on_progress: Callable[[PolicyProgress], None] = lambda _: None,
+    checkpoint: Path | None = None,
 ) -> PolicyResult:
     """Train the policy; everything started here is stopped before returning.
 
@@ -104,28 +113,100 @@ def train_policy(
         store_path: State store of the training set.
         policy_weights: Where to start: state dict of :class:`~rl_exit.models.policy.PolicyHeads`.
         settings: See there.
-        on_progress: Called after each iteration.
+        on_progress: Called after each iteration, once for each even if some are done again after a fault.
+        checkpoint: Folder for the state of an interrupted phase, from which this one goes on if it is there; the caller
+            removes it. None: none is kept.
 
     Raises:
         ConfigError: Unknown algorithm.
         RunError: No such store, weights or gradients that are not finite, all runners lost.
     """
     check_algorithm(settings.algorithm)
-    rows: list[dict[str, float]] = []
-    algorithm = build_algorithm(store_path, settings)
-    try:
-        algorithm.load_policy(policy_weights)
-        while not algorithm.finished:
-            algorithm.train()
-            metrics = dict(algorithm.iteration_metrics)
-            progress = PolicyProgress(algorithm.epochs_done, algorithm.updates_done, metrics)
-            rows.append({"epoch": progress.epoch, "step": float(progress.step), **metrics})
-            on_progress(progress)
-        weights = algorithm.policy_weights()
-    finally:
-        algorithm.stop()
+    phase = _Phase(store_path, policy_weights, settings, on_progress, checkpoint)
+    weights = phase.go()
     _check_finite(weights)
-    return PolicyResult(weights, rows, tuple(collapse_warnings(rows, settings)))
+    return PolicyResult(weights, phase.rows, tuple(collapse_warnings(phase.rows, settings)))
+
+
+class _Phase:
+    """One policy phase, over as many sets of learners as it takes; see :func:`train_policy`."""
+
+    def __init__(
+        self,
+        store_path: str | Path,
+        policy_weights: dict[str, Tensor],
+        settings: PolicyPhaseSettings,
+        on_progress: Callable[[PolicyProgress], None],
+        checkpoint: Path | None,
+    ) -> None:
+        self.store_path, self.start, self.settings = store_path, policy_weights, settings
+        self.on_progress, self.checkpoint = on_progress, checkpoint
+        self.rows: list[dict[str, float]] = []
+        self.snapshot: Any = None
+
+    def go(self) -> dict[str, Tensor]:
+        self._resume()
+        losses, step = 0, -1.0
+        while True:
+            try:
+                return self._train()
+            except Exception as error:
+                losses = losses + 1 if step == self._step() else 1
+                step = self._step()
+                if not _lost_learners(error) or losses >= ATTEMPTS:
+                    raise
+                logger.warning("learners were lost and are started anew: %s", str(error).splitlines()[0])
+
+    def _step(self) -> float:
+        return self.rows[-1]["step"] if self.rows else -1.0
+
+    def _train(self) -> dict[str, Tensor]:
+        algorithm = build_algorithm(self.store_path, self.settings)
+        saved = time.monotonic()
+        keeps = hasattr(algorithm, "snapshot")
+        try:
+            algorithm.load_policy(self.start)
+            if self.snapshot is not None:
+                algorithm.restore_snapshot(self.snapshot)
+            while not algorithm.finished:
+                algorithm.train()
+                self._note(
+                    PolicyProgress(algorithm.epochs_done, algorithm.updates_done, dict(algorithm.iteration_metrics))
+                )
+                due = self.checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS
+                if keeps and (due or self.settings.num_learners):
+                    self.snapshot = algorithm.snapshot(self.rows)
+                if keeps and due and self.checkpoint is not None:
+                    self.snapshot.save(self.checkpoint)
+                    saved = time.monotonic()
+            return algorithm.policy_weights()
+        finally:
+            algorithm.stop()
+
+    def _note(self, at: PolicyProgress) -> None:
+        if at.step > self._step():  # what is done again after a loss is not told again
+            self.rows.append({"epoch": at.epoch, "step": float(at.step), **at.metrics})
+            self.on_progress(at)
+
+    def _resume(self) -> None:
+        """Go on from the snapshot on disk, if there is one."""
+        if self.checkpoint is None or not self.checkpoint.is_dir():
+            return
+        from rl_exit.trainers.rllib.snapshot import PolicySnapshot
+
+        self.snapshot = PolicySnapshot.load(self.checkpoint)
+        for row in self.snapshot.rows if self.snapshot is not None else []:
+            metrics = {name: value for name, value in row.items() if name not in ("epoch", "step")}
+            self._note(PolicyProgress(row["epoch"], int(row["step"]), metrics))
+
+
+def _lost_learners(error: Exception) -> bool:
+    """Whether new learners may do better."""
+    from ray.exceptions import RayError
+
+    from rl_exit.trainers.rllib.algorithm import LearnersLost
+
+    return isinstance(error, LearnersLost | RayError)
 
 
 def build_algorithm(store_path: str | Path, settings: PolicyPhaseSettings) -> Any:
@@ -153,6 +234,7 @@ def build_algorithm(store_path: str | Path, settings: PolicyPhaseSettings) -> An
         shared=settings.shared,
         reward=settings.reward,
         alpha=settings.alpha,
+        cost=settings.cost,
         sampling_seed=settings.seed,
         transport=settings.transport,
         overlap=settings.overlap,

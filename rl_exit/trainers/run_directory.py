@@ -13,8 +13,10 @@ dies resumes at the first step without a marker::
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
+import logging
 import platform
 import shutil
 import time
@@ -25,25 +27,42 @@ from pathlib import Path
 from typing import Any
 
 from rl_exit.config import RunConfig, dump_config, load_config
-from rl_exit.errors import RunError
+from rl_exit.errors import RunError, StorageError, UserError
 from rl_exit.files import atomic_file, read_json, telling_disk_errors, write_json, write_text
+from rl_exit.trainers.mirror import Mirror, mirror_of
+from rl_exit.trainers.storage_watch import StorageWatch
 
+KEEP_SECONDS = 60.0  # between two uploads of checkpoints, and at least so many times what an upload takes:
+KEEP_SHARE = 20.0
 VERSIONED = ("rl-exit", "torch", "transformers", "ray", "gymnasium", "datasets", "pyarrow", "numpy", "peft")
+STORAGE_ATTEMPTS = 6  # at a step during which the storage was away
 # Keys that may differ between the first start and a resumption, since they do not change the result.
 FREE_KEYS = frozenset(
     {
         "output_dir",
         "name",
+        "storage_path",
         "cluster",
         "sampling.num_env_runners",
         "sampling.transport",
         "store.num_workers",
+        "store.use_gpu",
+        "placement.workers",
+        "placement.timeout",
+        "placement.autoscale",
+        "tracking",
         "keep_rounds",
     }
 )
 
+logger = logging.getLogger(__name__)
+Logger = Callable[[str, int, int, dict[str, float]], None]
+"""Takes (phase, round, step, values) of every row that is logged."""
+
 # What the first step and the preparations for it leave.
-_FIRST_NAMES = frozenset({"config.yaml", "run.json", "steps", "data", "init", "tensorboard"})
+_FIRST_NAMES = frozenset(
+    {"config.yaml", "run.json", "steps", "data", "init", "tensorboard", ".train", "tracking.json", "wandb"}
+)
 _FIRST_UNFINISHED = (".config.yaml.", ".run.json.")
 
 
@@ -54,6 +73,7 @@ class MetricLog:
     phase: str
     round: int
     folder: Path
+    loggers: Sequence[Logger] = ()
     started: float = field(default_factory=time.time)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -78,19 +98,26 @@ class MetricLog:
                     "time": now,
                 }
             )
-            self._writer.add_scalar(f"{self.phase}/{metric}", value, step)
+            with contextlib.suppress(OSError):  # a disk that fails is told by what needs it
+                self._writer.add_scalar(f"{self.phase}/{metric}", value, step)
+        for tell in self.loggers:
+            tell(self.phase, self.round, step, values)
 
     def close(self) -> None:
         """Flush the events."""
-        self._writer.close()
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
 
 class RunDirectory:
     """One run on disk."""
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
+    def __init__(self, path: Path, config: RunConfig, mirror: Mirror | None = None) -> None:
         self.path = path
         self.config = config
+        self.mirror = mirror
+        self._kept, self._keeping = time.monotonic(), 0.0
+        self.loggers: list[Logger] = []  # who else is told every logged row
 
     @classmethod
     def create(cls, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunDirectory:
@@ -105,7 +132,7 @@ class RunDirectory:
             RunError: The directory exists and neither was asked for, is no run, or was made from another configuration.
         """
         path = config.run_dir
-        run = cls(path, config)
+        run = cls(path, config, _opened_mirror(config, resume=resume, overwrite=overwrite))
         if path.exists() or path.is_symlink():
             # A file config.yaml alone makes no run: many a project has one.
             is_run = all((path / name).exists() for name in ("config.yaml", "steps"))
@@ -113,6 +140,7 @@ class RunDirectory:
                 raise RunError(f"{path}: exists and is no run directory; choose another name=... or output_dir=...")
             if is_run and resume and not overwrite:
                 run._check_same()
+                run.keep()
                 return run
             if overwrite or run._is_empty():
                 shutil.rmtree(path)
@@ -186,18 +214,64 @@ class RunDirectory:
         known = self.result(step)
         if known is not None:
             return known
-        log = MetricLog(phase, round, self.path / "tensorboard" / step)
         started = time.monotonic()
-        try:
-            results = work(log)
-        finally:
-            log.close()
-        self._write_rows(step, log.rows)
+        for attempt in range(1, STORAGE_ATTEMPTS + 1):
+            with StorageWatch(self.path / "run.json") as watch:
+                try:
+                    log = MetricLog(phase, round, self.path / "tensorboard" / step, self.loggers)
+                    try:
+                        results = work(log)
+                    finally:
+                        log.close()
+                    self._write_rows(step, log.rows)
+                    error = None
+                except (OSError, UserError) as raised:
+                    error = raised
+                if not (watch.was_away or isinstance(error, StorageError)):
+                    if error is not None:
+                        raise error
+                    break
+                # What was done meanwhile may not be where it should be.
+                logger.warning("%s: this storage was away during step %s, which is done again", self.path, step)
+                if isinstance(error, StorageError) and watch.present:
+                    time.sleep(min(30.0, 2.0**attempt))
+                watch.await_back()
+        else:
+            raise error or RunError(f"{self.path}: this storage was away {STORAGE_ATTEMPTS} times during step {step}")
         write_json(
             self.path / "steps" / f"{step}.json",
             {"step": step, "phase": phase, "seconds": time.monotonic() - started, "results": results},
         )
+        self.keep()
         return results
+
+    def exchange(self) -> dict[str, str] | None:
+        """Where workers find and leave files that do not see this directory (:mod:`rl_exit.trainers.staging`)."""
+        if self.mirror is None:
+            return None
+        return {"root": str(self.path.absolute()), "url": self.mirror.storage.url}
+
+    def keep(self, checkpoint: bool = False) -> None:
+        """Bring the run's storage up to date, where it has one.
+
+        Args:
+            checkpoint: Inside a step, for the sake of a checkpoint: only if the last time was some while ago.
+
+        Raises:
+            UserError: The storage stays away.
+        """
+        if self.mirror is None:
+            return
+        now = time.monotonic()
+        if checkpoint and now - self._kept < max(KEEP_SECONDS, KEEP_SHARE * self._keeping):
+            return
+        self.mirror.push()
+        self._kept = time.monotonic()
+        self._keeping = self._kept - now
+
+    def instances(self, split: str) -> Path:
+        """File of the tokenised instances of a split."""
+        return (self.path / "data" / f"{split}.arrow").absolute()
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every finished step in the order they were done."""
@@ -233,6 +307,41 @@ class RunDirectory:
         changed = changed_keys(RunDirectory.open(self.path).config, self.config)
         if changed:
             raise RunError(f"{self.path}: cannot be resumed with another configuration: {changed}")
+
+
+def _opened_mirror(config: RunConfig, *, resume: bool, overwrite: bool) -> Mirror | None:
+    """The copy of the run in its storage, taken back first where the run is to go on."""
+    mirror = mirror_of(config.run_dir, config.storage_path, config.run_name)
+    if mirror is None:
+        return None
+    if mirror.is_there():
+        if not (resume or overwrite):
+            raise RunError(
+                f"{mirror.storage.url}: a run is already there; go on with it (--resume), replace it (--overwrite) "
+                "or give the new one another name=..."
+            )
+        mirror.open()
+        if overwrite:
+            mirror.discard()
+        else:
+            mirror.pull()
+    else:
+        mirror.open()
+    return mirror
+
+
+def refuse_generation(path: Path, command: str) -> None:
+    """Refuse a decoder's run where a command is about labels.
+
+    Raises:
+        RunError: The run is one; where its comparison is found instead.
+    """
+    facts = path / "data" / "task.json"
+    if facts.is_file() and read_json(facts).get("kind") == "generation":
+        raise RunError(
+            f"{path}: 'rl-exit {command}' compares answers with labels, and this run's decoder writes text; its rules "
+            "stand side by side in report/index.html and evaluation.json"
+        )
 
 
 def changed_keys(there: RunConfig, here: RunConfig) -> str:

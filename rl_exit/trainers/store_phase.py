@@ -8,10 +8,11 @@ killed goes on with the shards that are missing.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ from rl_exit.envs.state_store import StateStore
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.progress import Progress
 from rl_exit.trainers.supervised import exit_losses
+
+if TYPE_CHECKING:
+    from rl_exit.trainers.store_workers import StoreCrew
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -77,6 +81,7 @@ def build_store(
     num_workers: int = 0,
     model_path: Path | None = None,
     instances_path: Path | None = None,
+    crew: StoreCrew | None = None,
 ) -> StateStore:
     """Write states, losses, correctness and logits of every layer, row i being instance i.
 
@@ -93,6 +98,7 @@ def build_store(
         num_workers: Ray actors of one CPU each that share the work; 0 works in this process.
         model_path: Folder of the model; needed by workers.
         instances_path: File of the instances; needed by workers.
+        crew: Workers that are kept for further stores, in place of ``num_workers`` for this one.
 
     Raises:
         RunError: Workers cannot be started, or a shard cannot be built.
@@ -108,18 +114,26 @@ def build_store(
         model=model_fingerprint(model),
     )
     todo = missing_shards(job)
-    if num_workers:
-        from rl_exit.trainers.store_workers import build_shards
+    own = None
+    if crew is None and num_workers:
+        from rl_exit.trainers.store_workers import StoreCrew as Crew
 
+        crew = own = Crew(num_workers)
+    if crew is not None:
         if model_path is None or instances_path is None:
             raise ValueError("build_store: workers need model_path and instances_path")
-        counts = build_shards(job, todo, Path(model_path), Path(instances_path), num_workers)
+        counts = crew.build(job, todo, Path(model_path), Path(instances_path))
     else:
         counts = _build_here(job, todo, model, instances)
     done = job.num_instances - sum(len(job.rows(index)) for index in todo)
-    for count in counts:
-        done += count
-        progress.update(done)
+    started, here = time.monotonic(), 0
+    try:
+        for count in counts:
+            done, here = done + count, here + count
+            progress.update(done, f"{here / max(1e-9, time.monotonic() - started):,.0f} instances/s")
+    finally:
+        if own is not None:
+            own.stop()
     finish(job.path, job.num_shards, layout=job.layout, instances=job.instances, model=job.model)
     return StateStore.open(job.path)
 
@@ -148,15 +162,16 @@ def compute_shard(
         The columns that :func:`~rl_exit.envs.build.write_shard` takes.
     """
     model.eval()
+    device = next(model.parameters()).device
     rows = np.asarray(job.rows(index))
     layers, hidden, classes = job.layout.num_layers, job.layout.hidden_size, job.layout.num_classes
     states = np.empty((len(rows), layers, hidden), dtype=np.float32)
     logits = np.empty((len(rows), layers, classes), dtype=np.float32)
     for batch in length_sorted_batches(instances.lengths[rows], job.batch_size):
         with torch.inference_mode():
-            out = model.all_exits(**instances.batch(rows[batch]))
-        states[batch] = out.states.float().numpy()
-        logits[batch] = out.logits.float().numpy()
+            out = model.all_exits(**{name: part.to(device) for name, part in instances.batch(rows[batch]).items()})
+        states[batch] = out.states.float().cpu().numpy()
+        logits[batch] = out.logits.float().cpu().numpy()
         yield len(batch)
     labels = np.array(instances.labels[rows])
     return {

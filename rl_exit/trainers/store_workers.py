@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ray.exceptions import RayError, RayTaskError
 from rl_exit.data.instances import Instances
 from rl_exit.errors import RunError, UserError
 from rl_exit.models.early_exit import EarlyExitModel
+from rl_exit.trainers.placement import await_room
 from rl_exit.trainers.store_phase import Columns, StoreJob, compute_shard, model_fingerprint
 
 ATTEMPTS = 3  # at a shard, before its failure counts as the shard's own
@@ -53,25 +54,27 @@ class Source:
 
 
 class ShardWorker:
-    """The actor: loads the model once and computes shard after shard.
+    """The actor: loads a model once and computes shard after shard; may stay for the next store.
 
     Args:
-        job: What is built.
-        source: Model and instances.
+        use_gpu: Compute on this actor's GPU.
     """
 
-    def __init__(self, job: StoreJob, source: Source) -> None:
-        self.job = job
-        self.source = source
-        self.shares_disk = Path(source.probe).is_file()
+    def __init__(self, use_gpu: bool = False) -> None:
+        self.use_gpu = use_gpu
 
-    def load(self) -> bool:
+    def load(self, job: StoreJob, source: Source) -> bool:
         """Load model and instances.
+
+        Args:
+            job: What is built.
+            source: Model and instances.
 
         Raises:
             UserError: They cannot be loaded, or are not those that the store is built for.
         """
-        source = self.source
+        self.job = job
+        self.shares_disk = Path(source.probe).is_file()
         if self.shares_disk:
             self.model = EarlyExitModel.from_pretrained(source.model)
             self.instances = Instances.open(source.instances)
@@ -89,6 +92,8 @@ class ShardWorker:
                 f"{source.model}, {source.instances}: fingerprints {here}; the state store is built for "
                 f"{(self.job.model, self.job.instances)}: were they changed meanwhile?"
             )
+        if self.use_gpu:
+            self.model.to("cuda")
         return True
 
     def build(self, index: int) -> Iterator[int | Columns]:
@@ -104,33 +109,58 @@ class ShardWorker:
         yield columns
 
 
-def build_shards(
-    job: StoreJob, todo: list[int], model_path: Path, instances_path: Path, num_workers: int
-) -> Iterator[int]:
-    """Build shards with a pool of actors, which is stopped at the end.
+class StoreCrew:
+    """Actors that build stores; they start with the first store and stay for the next until they are stopped.
 
     Args:
-        job: What is built.
-        todo: Numbers of the shards.
-        model_path: Folder of the model.
-        instances_path: File of the instances.
-        num_workers: Most actors, of one CPU each.
-
-    Yields:
-        Numbers of instances done; negative where a worker was lost with what it had done.
-
-    Raises:
-        RunError: No worker can be started, or a shard failed with three workers.
-        UserError: What a worker found wrong with model or data.
+        num_workers: Most actors, of one CPU or GPU each.
+        use_gpu: A GPU in place of the CPU.
+        timeout: Seconds to wait for a place that others hold; default ``START_SECONDS``.
     """
-    if not todo:
-        return
-    with _source(job, model_path, instances_path) as source:
-        pool = _Pool(job, source, todo, min(num_workers, len(todo)))
-        try:
-            yield from pool.work()
-        finally:
-            pool.stop()
+
+    def __init__(self, num_workers: int, use_gpu: bool = False, timeout: float | None = None) -> None:
+        self._num_workers, self._use_gpu = num_workers, use_gpu
+        self._timeout = START_SECONDS if timeout is None else timeout
+        self._workers: list[_Worker] = []
+
+    def build(self, job: StoreJob, todo: list[int], model_path: Path, instances_path: Path) -> Iterator[int]:
+        """Build shards.
+
+        Args:
+            job: What is built.
+            todo: Numbers of the shards.
+            model_path: Folder of the model.
+            instances_path: File of the instances.
+
+        Yields:
+            Numbers of instances done; negative where a worker was lost with what it had done.
+
+        Raises:
+            RunError: No worker can be started, or a shard failed with three workers.
+            UserError: What a worker found wrong with model or data.
+        """
+        if not todo:
+            return
+        count = min(self._num_workers, len(todo))
+        new = max(0, count - len(self._workers))
+        what = f"builders of the state store (store.num_workers={self._num_workers})"
+        await_room(what, self._timeout, **{"gpus" if self._use_gpu else "cpus": new})
+        self._workers += [_Worker(self._use_gpu) for _ in range(new)]
+        with _source(job, model_path, instances_path) as source:
+            pool = _Pool(job, source, todo, self._workers[:count], self._use_gpu)
+            try:
+                yield from pool.work()
+            except BaseException:  # also when nobody asks for more
+                self.stop()
+                pool.stop()
+                raise
+            self._workers[:count] = pool.workers
+
+    def stop(self) -> None:
+        """End all actors."""
+        for worker in self._workers:
+            ray.kill(worker.actor)
+        self._workers = []
 
 
 @contextmanager
@@ -158,12 +188,18 @@ def shipped(model_path: Path, instances_path: Path) -> tuple[list[Any], list[Any
 class _Worker:
     """An actor and what is awaited from it: first that it is ready, then the parts of a shard."""
 
-    def __init__(self, job: StoreJob, source: Source) -> None:
-        self.actor = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(ShardWorker).remote(job, source)
-        self.awaited: Any = self.actor.load.remote()
+    def __init__(self, use_gpu: bool) -> None:
+        needs = {"num_cpus": 0, "num_gpus": 1} if use_gpu else {"num_cpus": 1}
+        self.actor = ray.remote(scheduling_strategy="SPREAD", **needs)(ShardWorker).remote(use_gpu)
+        self.awaited: Any = None
         self.shard: int | None = None
         self.done = 0
         self.heard = time.monotonic()
+
+    def load(self, job: StoreJob, source: Source) -> None:
+        """Order to get ready for a store."""
+        self.shard, self.done, self.heard = None, 0, time.monotonic()
+        self.awaited = self.actor.load.remote(job, source)
 
     def begin(self, shard: int) -> None:
         """Order a shard."""
@@ -180,12 +216,16 @@ class _Worker:
 class _Pool:
     """Shards to workers, results to the disk."""
 
-    def __init__(self, job: StoreJob, source: Source, todo: list[int], num_workers: int) -> None:
-        self._job, self._source = job, source
+    def __init__(
+        self, job: StoreJob, source: Source, todo: list[int], workers: Sequence[_Worker], use_gpu: bool
+    ) -> None:
+        self._job, self._source, self._use_gpu = job, source, use_gpu
         self._todo = deque(todo)
         self._open = set(todo)
         self._failures: Counter[int] = Counter()
-        self._workers = [_Worker(job, source) for _ in range(num_workers)]
+        self.workers = list(workers)
+        for worker in self.workers:
+            worker.load(job, source)
         self._idle: list[_Worker] = []
 
     def work(self) -> Iterator[int]:
@@ -193,7 +233,7 @@ class _Pool:
         while self._open:
             while self._idle and self._todo:
                 self._idle.pop().begin(self._todo.popleft())
-            busy = [worker for worker in self._workers if worker not in self._idle]
+            busy = [worker for worker in self.workers if worker not in self._idle]
             awaited = [worker.awaited for worker in busy]
             arrived = {id(item) for item in ray.wait(awaited, num_returns=len(awaited), timeout=0.2)[0]}
             for worker in busy:
@@ -205,7 +245,7 @@ class _Pool:
 
     def stop(self) -> None:
         """End all actors."""
-        for worker in self._workers:
+        for worker in self.workers:
             ray.kill(worker.actor)
 
     def _hear(self, worker: _Worker) -> Iterator[int]:
@@ -236,24 +276,27 @@ class _Pool:
         ray.kill(worker.actor)
         key = -1 if worker.shard is None else worker.shard
         self._failures[key] += 1
-        if self._failures[key] >= ATTEMPTS:
+        # Workers that are lost without a shard may have been kept on a node that is gone: as many as there are.
+        if self._failures[key] >= ATTEMPTS * (len(self.workers) if key < 0 else 1):
             what = "a worker of the state store" if key < 0 else f"shard {key} of {self._job.path}"
             raise RunError(
-                f"{what} was lost {ATTEMPTS} times, the last time because: {reason}. If memory is short, lower "
-                "store.batch_size, store.shard_size or store.num_workers"
+                f"{what} was lost {self._failures[key]} times, the last time because: {reason}. If memory is short, "
+                "lower store.batch_size, store.shard_size or store.num_workers"
             )
         if worker.shard is not None:
             self._todo.appendleft(worker.shard)
             yield -worker.done
-        self._workers[self._workers.index(worker)] = _Worker(self._job, self._source)
+        new = _Worker(self._use_gpu)
+        new.load(self._job, self._source)
+        self.workers[self.workers.index(worker)] = new
 
     def _check_start(self) -> None:
         """A pool that waits for its first worker does so for a limited time."""
-        if any(worker.shard is not None for worker in self._workers) or self._idle:
+        if any(worker.shard is not None for worker in self.workers) or self._idle:
             return
-        if time.monotonic() - max(worker.heard for worker in self._workers) > START_SECONDS:
+        if time.monotonic() - max(worker.heard for worker in self.workers) > START_SECONDS:
             raise RunError(
                 f"no worker of the state store could be started in {START_SECONDS:.0f} s; the cluster has "
                 f"{ray.cluster_resources().get('CPU', 0):g} CPUs, {ray.available_resources().get('CPU', 0):g} of them "
-                f"free, and store.num_workers asks for {len(self._workers)}"
+                f"free, and store.num_workers asks for {len(self.workers)}"
             )

@@ -17,9 +17,10 @@ from rl_exit.data.instances import Instances
 from rl_exit.errors import UserError
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.objectives import ObjectiveOptions
-from rl_exit.trainers.exit_training import ExitTraining, LoraSettings, objective_options, train_exits
+from rl_exit.trainers.exit_training import ExitTraining, LoraSettings, objective_options, train_crew, train_exits
 from rl_exit.trainers.forgetting import read_visits
 from rl_exit.trainers.supervised import OptimSettings
+from rl_exit.trainers.train_crew import TrainCrew
 
 SETTINGS = OptimSettings(
     epochs=1,
@@ -76,10 +77,10 @@ def changed(before: str, after: str) -> set[str]:
     return {name for name in a if not torch.equal(a[name], b[name])}
 
 
-def run(job: ExitTraining, tmp_path: Path, name: str, workers: int = 0, **changes: object) -> str:
+def run(job: ExitTraining, tmp_path: Path, name: str, crew: TrainCrew | None = None, **changes: object) -> str:
     job = replace(job, output=str(tmp_path / name), checkpoint=str(tmp_path / f"{name}-checkpoint"), **changes)
     seen: list[int] = []
-    train_exits(job, lambda done, total, epoch, values: seen.append(done), workers)
+    train_exits(job, lambda done, total, epoch, values: seen.append(done), crew=crew)
     assert seen and seen == sorted(seen)
     return job.output
 
@@ -158,19 +159,18 @@ def test_errors_for_the_user_come_through(job: ExitTraining, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def ray_here() -> Iterator[None]:
-    import ray
-
-    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+@pytest.fixture(scope="module")
+def crew(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainCrew]:
+    """Two workers that stay for all trainings."""
+    workers = train_crew(2, False, tmp_path_factory.mktemp("train"))
+    yield workers
+    workers.stop()
 
 
 @pytest.mark.ray
-def test_two_workers_are_one_with_twice_the_batch(job: ExitTraining, tmp_path: Path, ray_here: None) -> None:
+def test_two_workers_are_one_with_twice_the_batch(job: ExitTraining, tmp_path: Path, crew: TrainCrew) -> None:
     one = weights(run(job, tmp_path, "one", settings=replace(SETTINGS, batch_size=16)))
-    two = weights(run(job, tmp_path, "two", workers=2))
+    two = weights(run(job, tmp_path, "two", crew=crew))
     other = weights(run(job, tmp_path, "other", settings=replace(SETTINGS, batch_size=16), seed=6))
 
     def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -180,12 +180,12 @@ def test_two_workers_are_one_with_twice_the_batch(job: ExitTraining, tmp_path: P
 
 
 @pytest.mark.ray
-def test_two_workers_follow_every_phase(job: ExitTraining, tmp_path: Path, ray_here: None) -> None:
+def test_two_workers_follow_every_phase(job: ExitTraining, tmp_path: Path, crew: TrainCrew) -> None:
     options = ObjectiveOptions(second_epochs=1)
     words = {"weights": "jei", "options": options, "settings": replace(SETTINGS, batch_size=16)}
     one = run(job, tmp_path, "one", **words, visits=str(tmp_path / "one.arrow"))
     words["settings"] = SETTINGS
-    two = run(job, tmp_path, "two", workers=2, **words, visits=str(tmp_path / "two.arrow"))
+    two = run(job, tmp_path, "two", crew=crew, **words, visits=str(tmp_path / "two.arrow"))
     a, b = weights(one), weights(two)
     assert max(float((a[name] - b[name]).abs().max()) for name in a if a[name].is_floating_point()) < 1e-4
     heads = [read_learned(Path(out) / "criteria", "jei").tensors for out in (one, two)]
@@ -195,6 +195,6 @@ def test_two_workers_follow_every_phase(job: ExitTraining, tmp_path: Path, ray_h
 
 
 @pytest.mark.ray
-def test_a_worker_tells_its_error(job: ExitTraining, tmp_path: Path, ray_here: None) -> None:
+def test_a_worker_tells_its_error(job: ExitTraining, tmp_path: Path, crew: TrainCrew) -> None:
     with pytest.raises(UserError, match="the training loss is"):
-        run(job, tmp_path, "out", workers=2, settings=replace(SETTINGS, lr=1e30, head_lr=1e30, clip=1e30, epochs=4))
+        run(job, tmp_path, "out", crew=crew, settings=replace(SETTINGS, lr=1e30, head_lr=1e30, clip=1e30, epochs=4))

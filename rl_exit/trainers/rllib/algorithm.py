@@ -10,6 +10,7 @@ import logging
 import time
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,14 @@ from rl_exit.trainers.rllib.plain import PlainEnvRunner
 from rl_exit.trainers.rllib.pool import ATTEMPTS, RESTORE_SECONDS, Draw
 from rl_exit.trainers.rllib.runner import ColumnarEnvRunner
 from rl_exit.trainers.rllib.settings import PolicyAccess, StoreSettings, checked
+from rl_exit.trainers.rllib.snapshot import PolicySnapshot, copied, learner_state, restore_learner
 
 EXIT_RESULTS = "exit_policy"
+
+
+class LearnersLost(RunError):
+    """A learner was lost; the phase can go on from its last snapshot with new ones."""
+
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +97,7 @@ class ExitAlgorithm(PolicyAccess, Algorithm):
 
     _runner: Any = None
     _ahead: tuple[Draw, int, float] | None = None
+    _ahead_weights: dict[str, Any] | None = None
 
     @classmethod
     def get_default_config(cls) -> Any:
@@ -136,7 +144,21 @@ class ExitAlgorithm(PolicyAccess, Algorithm):
 
     def policy_loaded(self) -> None:
         """Runners must take the new weights over; what was drawn with the old ones is dropped."""
-        self._state = self._ahead = None
+        self._state = self._ahead = self._ahead_weights = None
+
+    def snapshot(self, rows: list[dict[str, float]]) -> PolicySnapshot:
+        """Where this phase stands; between two calls of ``train()``."""
+        number, tensors = checked(self.learner_group.foreach_learner(learner_state))[0]
+        return PolicySnapshot(self._epoch, self._update, number, tensors, self._ahead_weights, rows)
+
+    def restore_snapshot(self, snapshot: PolicySnapshot) -> None:
+        """Go on from there, in a fresh algorithm with the same settings."""
+        tensors = dict(snapshot.tensors)
+        checked(self.learner_group.foreach_learner(partial(restore_learner, number=snapshot.number, tensors=tensors)))
+        self._epoch, self._update = snapshot.epoch, snapshot.update
+        self.policy_loaded()
+        if snapshot.ahead is not None and not self.finished:
+            self._ahead = self._submit(self.updates_done, dict(snapshot.ahead), self.updates_done - 1)
 
     def training_step(self) -> None:
         """The updates of one iteration; never past the end of an epoch."""
@@ -196,18 +218,26 @@ class ExitAlgorithm(PolicyAccess, Algorithm):
         draw, drawn_by, epsilon = self._ahead or self._submit(number)
         drawn = join(pool.collect(draw))
         last = self.config.epochs * self.plan.updates - 1
-        self._ahead = self._submit(number + 1) if self.config.overlap and number < last else None
+        self._ahead, self._ahead_weights = None, None
+        if self.config.overlap and number < last:
+            self._ahead = self._submit(number + 1)
         return TrajectoryBatch(drawn, epsilon, len(drawn), lag=number - drawn_by)
 
-    def _submit(self, number: int) -> tuple[Draw, int, float]:
-        """Start drawing for an update with the weights of the moment, which are those after ``updates_done``."""
-        if not self._shares_module:
-            self._runner.set_state(self._weights())
+    def _submit(
+        self, number: int, weights: dict[str, Any] | None = None, drawn_by: int | None = None
+    ) -> tuple[Draw, int, float]:
+        """Start drawing for an update, with the weights after ``drawn_by`` updates: default those of the moment."""
+        if weights is None:
+            if not self._shares_module:
+                self._runner.set_state(self._weights())
+            weights, drawn_by = dict(self._runner.weights()), self.updates_done
+        assert drawn_by is not None  # given with the weights
+        if drawn_by < number:
+            self._ahead_weights = copied(weights)
         epsilon = self._epsilon(number)
         blocks = self.plan.blocks(*divmod(number, self.plan.updates))
         # One copy into the object store for all actors of a node.
-        weights = ray.put(dict(self._runner.weights()))
-        return self._runner.pool.submit(blocks, weights, epsilon), self.updates_done, epsilon
+        return self._runner.pool.submit(blocks, ray.put(weights), epsilon), drawn_by, epsilon
 
     def _sample_remote(self, blocks: list[Block], epsilon: float) -> Trajectories:
         """Spread blocks over the runners; those of one that died are drawn again by another, to the same result."""
@@ -252,8 +282,8 @@ class ExitAlgorithm(PolicyAccess, Algorithm):
                 return_state=wants_state,
                 diagnose=diagnose,
             )
-        if not results:
-            raise RunError("no learner answered; see the log of the cluster")
+        if len(results) < (1 if group.is_local else len(group)):
+            raise LearnersLost(f"{len(results)} of {len(group)} learners answered; see the log of the cluster")
         first = results[0]
         if wants_state:
             self._state = next(result[STATE_AFTER] for result in results if STATE_AFTER in result)
