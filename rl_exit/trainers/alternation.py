@@ -36,14 +36,9 @@ from rl_exit.trainers.finish import finish
 from rl_exit.trainers.hold_out import hold_out
 from rl_exit.trainers.initialised import take_initialised
 from rl_exit.trainers.policy_phase import PolicyPhaseSettings, PolicyProgress, train_policy
-<<<<<<< HEAD
 from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
-from rl_exit.trainers.rllib.registry import check_algorithm
-=======
-from rl_exit.trainers.policy_store import fit_answers, policy_store
 from rl_exit.trainers.rllib.registry import algorithm_class, check_algorithm
 from rl_exit.trainers.run_clock import outlook, policy_in_words
->>>>>>> main
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
 from rl_exit.trainers.store_evaluation import answers_of, evaluate_store
 from rl_exit.trainers.store_phase import build_store
@@ -306,13 +301,9 @@ class _Alternation:
             self.display.say(f"warning: {warning}")
         model.policy.load_state_dict(outcome.weights)
         model.save_pretrained(self._round(number) / "model")
-<<<<<<< HEAD
+        shutil.rmtree(self._round(number) / "policy-checkpoint", ignore_errors=True)
         own = {} if model.answer_heads is None else {"own_answers": list(fitted.better)}
         return {"warnings": list(outcome.warnings), **own}
-=======
-        shutil.rmtree(self._round(number) / "policy-checkpoint", ignore_errors=True)
-        return {"warnings": list(outcome.warnings)}
->>>>>>> main
 
     def _measured_cost(self, number: int, model: EarlyExitModel) -> tuple[float, ...]:
         """Time of leaving at each layer, in layers; measured once in a round and kept, so that a resumed run agrees."""
