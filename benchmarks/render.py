@@ -401,6 +401,13 @@ def _late_growth(samples: list[dict[str, float]]) -> dict[str, float]:
 def trials(results: dict[str, dict[str, Any]]) -> str:
     """What the server went through: a killed replica, a long load, random requests."""
     lines = []
+    alone = results.get("serving-engine")
+    if alone is not None:
+        rates = ", ".join(f"{kind} {rate:.0f}" for kind, rate in alone["texts_per_s"].items())
+        lines.append(
+            f"- The model alone on one thread, {alone['texts']} single texts there from the start, no HTTP; texts "
+            f"a second: {rates} (`{alone['command']}`, {alone['date'][:10]}).\n"
+        )
     for name in ("chaos", "soak", "fuzz"):
         found = results.get(f"serving-{name}")
         if found is None:
