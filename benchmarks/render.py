@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -390,9 +391,23 @@ def serving(results: dict[str, Any]) -> str:
     return f"{origin}\n{load}\n{equal}"
 
 
+def _late_growth(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Growth once everything is warm: median of the last third less that of the middle third, by process."""
+    third = len(samples) // 3
+    middle, last = samples[third : 2 * third], samples[2 * third :]
+    return {name: median(s[name] for s in last) - median(s[name] for s in middle) for name in samples[0]}
+
+
 def trials(results: dict[str, dict[str, Any]]) -> str:
     """What the server went through: a killed replica, a long load, random requests."""
     lines = []
+    alone = results.get("serving-engine")
+    if alone is not None:
+        rates = ", ".join(f"{kind} {rate:.0f}" for kind, rate in alone["texts_per_s"].items())
+        lines.append(
+            f"- The model alone on one thread, {alone['texts']} single texts there from the start, no HTTP; texts "
+            f"a second: {rates} (`{alone['command']}`, {alone['date'][:10]}).\n"
+        )
     for name in ("chaos", "soak", "fuzz"):
         found = results.get(f"serving-{name}")
         if found is None:
@@ -400,16 +415,16 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
             continue
         if name == "chaos":
             said = (
-                f"{found['killed']} of {found['replicas']} replicas killed in turn under {found['offered_per_s']:g} "
+                f"{found['killed']} times one of {found['replicas']} replicas killed under {found['offered_per_s']:g} "
                 f"requests a second: {found['requests']} requests, {found['lost']} lost, "
                 f"{found['given_to_another_replica']:.0f} given to another replica; p95 {found['p95_ms']:.0f} ms"
             )
         elif name == "soak":
-            growth = ", ".join(f"{k} {v:+.1f} MB" for k, v in found["growth_mb_second_half_over_first"].items())
+            growth = ", ".join(f"{k} {v:+.1f} MB" for k, v in _late_growth(found["resident_mb"]).items())
             said = (
                 f"{found['minutes']:g} minutes of {found['offered_per_s']:g} requests a second: "
-                f"{found['answered']} of {found['requests']} answered; resident memory, median of the second half "
-                f"against that of the first: {growth}"
+                f"{found['answered']} of {found['requests']} answered; resident memory, median of the last third "
+                f"of the time against that of the middle third: {growth}"
             )
         else:
             statuses = ", ".join(f"{status}: {count}" for status, count in found["statuses"].items())
