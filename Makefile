@@ -23,10 +23,18 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP)
 	$(BIN)/rl-exit train configs/default.yaml --resume
 
-test: test-fast test-ray
+# Both side by side, since the tests on a Ray cluster mostly wait; their output follows when the others are done.
+test: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ray >$(VENV)/test-ray.log 2>&1 & ray=$$!; \
+	trap 'kill $$ray 2>/dev/null; exit 130' INT TERM; \
+	$(MAKE) --no-print-directory test-fast; fast=$$?; \
+	wait $$ray; ray=$$?; cat $(VENV)/test-ray.log; \
+	[ $$fast -eq 0 ] || echo "make test-fast has failed (exit code $$fast)"; \
+	[ $$ray -eq 0 ] || echo "make test-ray has failed (exit code $$ray)"; \
+	[ $$fast -eq 0 ] && [ $$ray -eq 0 ]
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not ray"
 
 test-ray: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ray

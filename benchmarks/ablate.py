@@ -28,7 +28,6 @@ from rl_exit.criteria import StoredSplit, criterion, scores_from_store
 from rl_exit.data.instances import Instances
 from rl_exit.envs.state_store import StateStore
 from rl_exit.files import read_json
-from rl_exit.models.answer_pool import AnswerPool
 from rl_exit.models.answers import input_size
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.policy import PolicyHeads
@@ -36,7 +35,7 @@ from rl_exit.progress import Silent
 from rl_exit.seeding import derive_seed
 from rl_exit.trainers.alternation import policy_settings
 from rl_exit.trainers.policy_phase import train_policy
-from rl_exit.trainers.policy_store import fitted_pool, policy_store
+from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
 from rl_exit.trainers.run_directory import RunDirectory, versions
 from rl_exit.trainers.store_evaluation import answers_of, exit_logits_of
 from rl_exit.trainers.store_phase import build_store
@@ -77,8 +76,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# Without a policy: on the exits as they are, and, to tell what pooling brings from what the policy does, on the pool.
-BASELINES = ("max_probability", "max_probability, pooled answers")
+# Without a policy: on the exits, and on the policy's answers, to tell what they bring from what the policy does.
+BASELINES = ("max_probability", "max_probability on the policy's answers")
 
 
 def main() -> None:
@@ -147,35 +146,33 @@ def _measure(run: RunDirectory) -> dict[str, MethodFigures]:
         reference = full_depth(split, weights, task["metric"])
 
         kept = StateStore.open(first / "store-train")
-        pools = {"exit": None, "pooled": fitted_pool(kept, _held(run)), "fitted": fitted_pool(fitted, None)}
+        # Store -> what the policy learns from there, and what it answers on the measured split.
+        own = {}
+        for source, ids in ((kept, held_ids(run.path)), (fitted, None)):
+            found_heads = fit_answers(source, derive_seed(run.config.seed, "answers", 1), ids)
+            own[source.path] = found_heads.answers, answers_of(measured, found_heads.heads)
 
-        def figures(scores: Any, pool: AnswerPool | None) -> MethodFigures:
-            answers = None if pool is None else answers_of(measured, pool).argmax(-1)
-            return measure_method(Scores(scores, answers=answers), split, weights, reference, task["metric"])
+        def figures(scores: Any, answers: Any) -> MethodFigures:
+            told = None if answers is None else answers.argmax(-1)
+            return measure_method(Scores(scores, answers=told), split, weights, reference, task["metric"])
 
         found = {}
-        for baseline, answer in zip(BASELINES, ("exit", "pooled"), strict=True):
-            stored = StoredSplit.from_logits(measured.labels, answers_of(measured, pools[answer]))
+        for baseline, answers in zip(BASELINES, (None, own[kept.path][1]), strict=True):
+            stored = StoredSplit.from_logits(measured.labels, logits if answers is None else answers)
             scores = scores_from_store(criterion("max_probability", threshold=0.5), stored)
-            found[baseline] = figures(scores, pools[answer])
+            found[baseline] = figures(scores, answers)
         for variant, changes in VARIANTS.items():
             settings = dict(changes)
             inputs = settings.pop("inputs", run.config.policy.inputs)
+            source = (fitted if settings.pop("fitted", False) else kept).path
             answer = settings.pop("answer", run.config.policy.answer)
-            on_fitted = settings.pop("fitted", False)
-            source = fitted.path if on_fitted else kept.path
-            pool = pools["fitted" if on_fitted and answer == "pooled" else answer]
+            learnt, told = own[source] if answer == "own" else (None, None)
             phase = replace(policy_settings(run.config, derive_seed(run.config.seed, "policy", 1)), **settings)
             heads = PolicyHeads(model.num_layers, input_size(inputs, measured.hidden_size), phase.width, phase.shared)
-            with policy_store(source, inputs, pool) as store:
+            with policy_store(source, inputs, learnt) as store:
                 heads.load_state_dict(train_policy(store, heads.state_dict(), phase).weights)
-            found[variant] = figures(exit_logits_of(measured, heads, inputs, pool), pool)
+            found[variant] = figures(exit_logits_of(measured, heads, inputs, told), told)
     return found
-
-
-def _held(run: RunDirectory) -> Any:
-    """Ids of the instances that the exits were not fitted to; None where there are none."""
-    return Instances.open(run.path / "data" / "held.arrow").ids if run.config.policy.holdout else None
 
 
 if __name__ == "__main__":

@@ -529,7 +529,7 @@ def write(out: Path, trials: dict[str, list[dict[str, Any]]], runs: int) -> None
         {
             "command": f"make chaos (python benchmarks/chaos.py --runs {runs})",
             "date": date.today().isoformat(),
-            "machine": f"{os.cpu_count()} cores, 4 raylets; other work was going on beside it",
+            "machine": f"{os.cpu_count()} cores, shared with other work; 4 raylets, none for runs in one process",
             "versions": versions(),
             "total": summary(every) if every else {},
             "faults": faults,

@@ -11,7 +11,10 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import numpy as np
 
 from rl_exit.comparison.tables import (
     GROUP_HEADER,
@@ -25,8 +28,9 @@ from rl_exit.comparison.tables import (
     span,
     verdicts,
 )
-from rl_exit.listings import bench_rows
+from rl_exit.listings import GENERATION_HEADER, bench_rows, generation_rows
 from rl_exit.trainers.bench.learning_report import learning_rows, learning_svg
+from rl_exit.trainers.bench.writing_report import curve_rows, proven_rows, written_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
@@ -145,6 +149,36 @@ def ablations(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def own_answers(results: dict[str, dict[str, Any]]) -> str:
+    """What the policy's own answers bring on instances kept from the exits, from benchmarks/answers.py."""
+    if not results:
+        return "Nothing is recorded yet.\n"
+    header = ["method", "no loss: saved layers %", "against the first", "within 1: saved layers %", "against the first"]
+    parts = []
+    for tree in results.values():
+        rows = []
+        for name, method in tree["methods"].items():
+            cells = [name]
+            for point in POINTS:
+                found = method[point]
+                gain = "" if not rows else gain_text(found["against_max_probability"])
+                cells += [f"{100 * found['saved_layers']:.1f}", gain]
+            rows.append(cells)
+        sizes = tree["sizes"][0]
+        scores = [
+            " ".join(f"{100 * value:.1f}" for value in np.mean(tree[key], axis=0))
+            for key in ("exit_scores", "own_scores")
+        ]
+        parts.append(
+            f"**{tree['task']}**: exits fitted to {sizes['exits']} instances, heads and policy to {sizes['policy']}, "
+            f"measured on {sizes['measured']} more of those kept from the exits; seeds "
+            f"{', '.join(map(str, tree['seeds']))} (`{tree['command']}`, {tree['date'][:10]}, torch "
+            f"{tree['versions']['torch']}). Accuracy of the exits: {scores[0]} %; of the policy's answers: "
+            f"{scores[1]} %.\n\n{markdown_table(header, rows)}"
+        )
+    return "\n".join(parts)
+
+
 def _summary(tree: dict[str, Any]) -> list[list[str]]:
     rows = []
     for point, words in POINTS.items():
@@ -254,17 +288,216 @@ def overhead(results: dict[str, Any]) -> str:
     )
 
 
+def inference(results: dict[str, Any]) -> str:
+    """Time saved by layers saved, by model and batch size; and the guarantee."""
+    header = [
+        "model, batch size",
+        "layers",
+        "by tokens",
+        "time",
+        "time / layers",
+        "plain",
+        "alone",
+        "nobody leaves",
+        "off the wish",
+    ]
+    rows, promises = [], []
+    for name, model in results["models"].items():
+        for size, row in model["engine"].items():
+            for clock, found in (("", row), (" (processor time)", row["by_processor_time"])):
+                rows.append(
+                    [
+                        f"{name}, {size}{clock}",
+                        f"{row['layer_speedup']:.2f}",
+                        f"{row['layer_speedup_by_tokens']:.2f}",
+                        *(f"{found[key]:.2f}" for key in ("speedup", "time_per_layer_speedup")),
+                        f"{found['time_per_layer_speedup_plain']:.2f}",
+                        f"{found['time_per_layer_speedup_alone']:.2f}",
+                        f"{100 * found['no_exit_overhead']:+.1f} %",
+                        f"{100 * (found['speedup'] / model['asked_for'] - 1):+.1f} %",
+                    ]
+                )
+        found = model["guarantee"]
+        promises.append(
+            f"- {name}: calibrated on {found['calibration_texts']} texts for at most {100 * found['max_loss']:g} point "
+            f"at {100 * found['confidence']:g} %, over {found['splits']} splits: broken on the other half in "
+            f"{100 * found['broken_on_the_other_half']:.1f} %, of a known whole in "
+            f"{100 * found['broken_of_a_known_whole']:.1f} %; nothing certified in {100 * found['refused']:.1f} %; "
+            f"{100 * found['saved_layers']:.0f} % of layers saved on average.\n"
+        )
+    where = results["where"]
+    origin = (
+        f"`{results['command']}`, {results['date']}: {where['cpu']}, one thread, torch {where['versions']['torch']}; "
+        f"load average {results['load_average']}.\n"
+    )
+    return f"{markdown_table(header, rows)}\n{''.join(promises)}\n{origin}"
+
+
+def dial(results: dict[str, Any]) -> str:
+    """The dial's curve beside policies trained for one price each."""
+    header = ["model, speed", "dial: mean exit layer", "accuracy", "one price: mean exit layer", "accuracy"]
+    rows = [
+        [
+            f"{name}, {row['speed']:g}",
+            f"{row['dial']['mean_exit_layer']:.2f}",
+            f"{100 * row['dial']['accuracy']:.2f}",
+            f"{row['alone']['mean_exit_layer']:.2f}",
+            f"{100 * row['alone']['accuracy']:.2f}",
+        ]
+        for name, found in results["models"].items()
+        for row in found["curve"]
+    ]
+    notes = "".join(
+        f"- {name}: trained on {found['trained_on']} held-out texts, measured on {found['measured_on']}; full depth "
+        f"{100 * found['full_depth']:.2f}.\n"
+        for name, found in results["models"].items()
+    )
+    return f"{markdown_table(header, rows)}\n{notes}\n`{results['command']}`, {results['date']}.\n"
+
+
+SERVED = {"pooled": "pooled", "plain": "plain batching", "full_depth": "full depth, plain batching"}
+
+
+def serving(results: dict[str, Any]) -> str:
+    """Latency by load, and throughput at equal p95."""
+    rows = [
+        [
+            SERVED[kind],
+            f"{row['offered_per_s']:g}",
+            f"{row['answered_per_s']:.1f}",
+            f"{row['texts_per_s']:.0f}",
+            *(f"{row[key]:.0f}" for key in ("p50_ms", "p95_ms", "p99_ms")),
+        ]
+        for kind, found in results["rows"].items()
+        for row in found
+    ]
+    load = markdown_table(["", "offered per s", "answered per s", "texts per s", "p50 ms", "p95 ms", "p99 ms"], rows)
+    bounds = [
+        [
+            f"{limit} ms",
+            *("-" if found.get(kind) is None else f"{found[kind]:.1f}" for kind in SERVED),
+            "-" if ratio is None else f"{ratio:.2f}",
+        ]
+        for (limit, found), ratio in zip(
+            results["throughput_at_p95_ms"].items(), results["pooled_vs_plain"].values(), strict=True
+        )
+    ]
+    equal = markdown_table(["p95 at most", *(f"{name}, per s" for name in SERVED.values()), "pooled / plain"], bounds)
+    machine, versions = results["machine"], results["versions"]
+    origin = (
+        f"`{results['command']}` of {results['date'][:10]}: {machine['cpu']}, {machine['cores']} cores, torch "
+        f"{versions['torch']}, Ray {versions['ray']}; load average at the end {machine['load_average_at_end']:.1f}.\n"
+    )
+    return f"{origin}\n{load}\n{equal}"
+
+
+def _late_growth(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Growth once everything is warm: median of the last third less that of the middle third, by process."""
+    third = len(samples) // 3
+    middle, last = samples[third : 2 * third], samples[2 * third :]
+    return {name: median(s[name] for s in last) - median(s[name] for s in middle) for name in samples[0]}
+
+
+def trials(results: dict[str, dict[str, Any]]) -> str:
+    """What the server went through: a killed replica, a long load, random requests."""
+    lines = []
+    alone = results.get("serving-engine")
+    if alone is not None:
+        rates = ", ".join(f"{kind} {rate:.0f}" for kind, rate in alone["texts_per_s"].items())
+        lines.append(
+            f"- The model alone on one thread, {alone['texts']} single texts there from the start, no HTTP; texts "
+            f"a second: {rates} (`{alone['command']}`, {alone['date'][:10]}).\n"
+        )
+    for name in ("chaos", "soak", "fuzz"):
+        found = results.get(f"serving-{name}")
+        if found is None:
+            lines.append(f"- {name}: not recorded yet.\n")
+            continue
+        if name == "chaos":
+            said = (
+                f"{found['killed']} times one of {found['replicas']} replicas killed under {found['offered_per_s']:g} "
+                f"requests a second: {found['requests']} requests, {found['lost']} lost, "
+                f"{found['given_to_another_replica']:.0f} given to another replica; p95 {found['p95_ms']:.0f} ms"
+            )
+        elif name == "soak":
+            growth = ", ".join(f"{k} {v:+.1f} MB" for k, v in _late_growth(found["resident_mb"]).items())
+            said = (
+                f"{found['minutes']:g} minutes of {found['offered_per_s']:g} requests a second: "
+                f"{found['answered']} of {found['requests']} answered; resident memory, median of the last third "
+                f"of the time against that of the middle third: {growth}"
+            )
+        else:
+            statuses = ", ".join(f"{status}: {count}" for status, count in found["statuses"].items())
+            said = (
+                f"{found['requests']} random requests: {found['server_errors']} answered with 5xx, "
+                f"{found['undeclared_or_without_message']} with a status that the schema does not declare or without a "
+                f"message ({statuses})"
+            )
+        lines.append(f"- {said} (`{found['command']}`, {found['date'][:10]}).\n")
+    return "".join(lines)
+
+
+def clock(results: dict[str, Any]) -> str:
+    """The table of docs/generate.md, with its origin."""
+    machine, versions, model = results["machine"], results["versions"], results["model"]
+    rows = [[*cells, "yes" if met else "no"] for cells, met in generation_rows(results)]
+    origin = (
+        f"`{results['command']}` of {results['date'][:10]}: {model['family']}, {model['num_layers']} layers, hidden "
+        f"{model['hidden_size']}, vocabulary {model['vocab_size']}, {model['dtype']}, random weights, exit layers "
+        f"drawn from a fixed distribution; {machine['cpu']}, one thread, load average at the end "
+        f"{machine['load_average_at_end']:.1f}; torch {versions['torch']}, transformers {versions['transformers']}.\n"
+    )
+    header = [*GENERATION_HEADER, f"at least {results['target']:g}"]
+    return f"{origin}\n{markdown_table(header, rows)}"
+
+
+def curves(results: dict[str, Any]) -> str:
+    """Decoders: every rule at equal speeds, and what Learn-then-Test allows."""
+    if not results:
+        return "Nothing is recorded yet.\n"
+    parts = []
+    for tree in results.values():
+        seeds = ", ".join(str(seed["seed"]) for seed in tree["seeds"])
+        parts.append(
+            f"{tree['seeds'][0]['num_layers']} layers, seeds {seeds}: mean, least and greatest. "
+            f"{tree['examples']} examples of test that the model is made to say, {tree['prompts']} prompts that it "
+            f"goes on with for {tree['new_tokens']} tokens (`{tree['command']}`, {tree['date'][:10]}, torch "
+            f"{tree['versions']['torch']}).\n\n{markdown_table(*curve_rows(tree))}\n"
+            f"Learn-then-Test, at most {100 * tree['seeds'][0]['learn_then_test']['delta']:g} % of a response's tokens "
+            f"changed, with confidence {100 * (1 - tree['seeds'][0]['learn_then_test']['level']):g} %:\n\n"
+            f"{markdown_table(*proven_rows(tree))}"
+        )
+    return "\n".join(parts)
+
+
+def written(results: dict[str, Any]) -> str:
+    """Decoders: recorded runs."""
+    if not results:
+        return "Nothing is recorded yet.\n"
+    runs = {name.removeprefix("writing-"): run for name, run in results.items()}
+    origins = "".join(f"- {name}: {_origin(run)}\n" for name, run in sorted(runs.items()))
+    return f"{markdown_table(*written_rows(runs))}\n{origins}"
+
+
 # Marker -> (results file, table); of a name with a star, the table of all the files by name.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sampling": ("sampling", sampling),
     "default": ("runs", default),
     "tasks": ("runs", tasks),
     "learning": ("learning-stackoverflow", learning),
+    "clock": ("generation-clock", clock),
     "comparisons": ("compare-*", comparisons),
     "ablations": ("ablation-*", ablations),
     "chaos": ("chaos", chaos),
     "scaling": ("scaling", scaling),
     "overhead": ("overhead", overhead),
+    "inference": ("inference", inference),
+    "dial": ("dial", dial),
+    "serving": ("serving-load", serving),
+    "trials": ("serving-*", trials),
+    "curves": ("curves-*", curves),
+    "written": ("writing-*", written),
+    "answers": ("answers-*", own_answers),
 }
 # Image -> (results file, drawing).
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -280,10 +513,10 @@ def rendered(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:
         if "*" in file:
             paths = sorted(results.glob(f"{file}.json"))
             tree = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-        elif not (results / f"{file}.json").is_file():
-            return f"{found[1]}Not recorded yet.\n{found[3]}"
-        else:
+        elif (results / f"{file}.json").is_file():
             tree = json.loads((results / f"{file}.json").read_text(encoding="utf-8"))
+        else:
+            return f"{found[1]}Not recorded yet.\n{found[3]}"
         return f"{found[1]}{make(tree)}{found[3]}"
 
     return MARKED.sub(table, page)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rl_exit.errors import ConfigError, nearest
+from rl_exit.errors import ConfigError, DataError, nearest
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -61,9 +61,29 @@ class TaskConfig(Section):
         0.1, description="share of train cut off as dev where there is none; usual 0.05-0.2"
     )
     metric: Literal["accuracy", "f1", "mcc"] | None = Field(None, description="default: the task's own, else accuracy")
+    kind: Literal["classification", "generation"] | None = Field(
+        None, description="what a decoder does with the texts; default: the task's own, else classification"
+    )
+    template: str | None = Field(
+        None, description="generation: the prompt, with {column} for columns of the data; default: Alpaca's format"
+    )
+    response: str | None = Field(None, description="generation: column of the response; default: the task's own")
+    test_name: str | None = Field(None, description="generation: another task whose texts are tested on, e.g. dolly")
+    test_path: str | None = Field(None, description="generation: folder or file of that task, in place of the hub")
     max_train: Positive | None = Field(None, description="use only so many training instances (trial runs)")
     max_dev: Positive | None = Field(None, description="use only so many dev instances")
     max_test: Positive | None = Field(None, description="use only so many test instances")
+
+
+class ScratchConfig(Section):
+    """The small decoder that model.backbone=scratch makes (generation; Llama's architecture)."""
+
+    layers: Annotated[int, Field(ge=2)] = Field(6, description="layers; usual 4-12")
+    hidden: Annotated[int, Field(ge=8)] = Field(128, description="hidden size, a multiple of 2 x heads; usual 64-768")
+    heads: Positive = Field(4, description="attention heads; usual 4-12")
+    vocabulary: Annotated[int, Field(ge=300)] = Field(
+        1024, description="tokens of the byte-level BPE tokenizer that is trained on the text; usual 512-32000"
+    )
 
 
 class ModelConfig(Section):
@@ -78,6 +98,12 @@ class ModelConfig(Section):
     )
     dropout: Fraction = Field(0.1, description="dropout on the pooled state before an exit classifier; usual 0-0.2")
     policy_width: Positive = Field(64, description="hidden width of the per-layer policy MLP; paper 32, usual 32-128")
+    exit_every: Positive = Field(1, description="generation: an exit at every k-th layer and the last; usual 1-4")
+    adapter: NonNegative = Field(
+        0,
+        description="generation: width of an adapter at each exit below the last; 0: a norm alone; usual 0-64",
+    )
+    scratch: ScratchConfig = Field(default_factory=ScratchConfig)
 
 
 class OptimConfig(Section):
@@ -94,6 +120,17 @@ class OptimConfig(Section):
     clip: Rate = Field(1.0, description="largest gradient norm; usual 1.0")
     accumulate: Positive = Field(1, description="batches whose gradients are added up before an update; usual 1-8")
     precision: Precision = Field("auto", description="auto: bfloat16 autocast where the processor has it")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on the backbone in place of a full update."""
+
+    rank: NonNegative = Field(0, description="0: update the whole backbone; usual ranks 4-64")
+    alpha: Rate = Field(16.0, description="scale of the adapter; usual 1-2 times the rank")
+    dropout: Fraction = Field(0.0, description="dropout inside the adapter; usual 0-0.1")
+    targets: tuple[str, ...] | None = Field(
+        None, description="module names; default: all linear layers of the backbone"
+    )
 
 
 class InitConfig(OptimConfig):
@@ -115,19 +152,9 @@ class InitConfig(OptimConfig):
         0.1, description="pondernet: lambda_p, rate of the geometric prior of the exit layer; usual 0.1-0.5"
     )
     gate_price: Weight = Field(0.5, description="jei: c, cross-entropy that all layers together cost; usual 0.05-2")
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     model: str | None = Field(
         None, description="initialised model to start from in place of training one, e.g. runs/NAME/init/model"
-    )
-
-
-class LoraConfig(Section):
-    """Low-rank adapters on the backbone for the task step."""
-
-    rank: NonNegative = Field(0, description="0: update the whole backbone; usual ranks 4-64")
-    alpha: Rate = Field(16.0, description="scale of the adapter; usual 1-2 times the rank")
-    dropout: Fraction = Field(0.0, description="dropout inside the adapter; usual 0-0.1")
-    targets: tuple[str, ...] | None = Field(
-        None, description="module names; default: all linear layers of the backbone"
     )
 
 
@@ -155,14 +182,19 @@ class TaskStepConfig(OptimConfig):
 class RewardConfig(Section):
     """Reward on exit."""
 
-    name: Literal["hardness", "vanilla", "correctness"] = Field(
+    name: Literal["hardness", "vanilla", "correctness", "agreement"] = Field(
         "correctness",
-        description="correctness: 1 if right, less alpha a layer; by cross-entropy: hardness (Eq. 4), vanilla (Eq. 3)",
+        description="correctness: 1 if right, less alpha a layer; by cross-entropy: hardness (Eq. 4), vanilla (Eq. 3); "
+        "agreement (generation): 1 if the exit says what the last one says, less alpha a layer",
     )
     alpha: Weight = Field(
         0.01,
         description="price of a layer, in right answers (correctness; usual 0.003-0.03) or nats (paper 0.005-0.1); "
         "default: 0.1 for the rewards by cross-entropy",
+    )
+    cost: Literal["layers", "latency"] = Field(
+        "layers",
+        description="what alpha is the price of: layers, or the time measured on this machine (in layers' time)",
     )
 
     @model_validator(mode="before")
@@ -180,9 +212,9 @@ class PolicyConfig(Section):
         "answers",
         description="what the policy reads: the exits' answers so far, the hidden state (the paper's), or both",
     )
-    answer: Literal["exit", "pooled"] = Field(
-        "pooled",
-        description="what is answered on leaving: what the exit says (the paper's), or all exits passed, weighted",
+    answer: Literal["exit", "own"] = Field(
+        "own",
+        description="what is answered on leaving: own, by heads fitted along with the policy; exit, as the paper",
     )
     instances: Literal["held", "all"] = Field(
         "held", description="what the policy learns on where some are held out: those alone, or the whole training set"
@@ -255,6 +287,9 @@ class StoreConfig(Section):
         0, description="Ray actors of one CPU that build it; 0 builds in this process; usual 0-64"
     )
     use_gpu: bool = Field(False, description="one GPU per worker in place of the CPU (or this process's GPU)")
+    max_gib: Rate = Field(
+        2.0, description="generation: most GiB of token states on disk; what is more is learnt in blocks; usual 0.5-50"
+    )
 
 
 class PlacementConfig(Section):
@@ -294,6 +329,21 @@ class InferenceConfig(Section):
     batch_size: Positive = Field(32, description="texts per batch; usual 1-128")
 
 
+class GenerationConfig(Section):
+    """How a decoder with exits is tried out at the end of a run."""
+
+    max_new_tokens: Positive = Field(48, description="tokens generated for a prompt at most; usual 32-256")
+    samples: NonNegative = Field(
+        64, description="prompts of a split that are generated for, at full depth and with exits; usual 50-1000"
+    )
+    shown: NonNegative = Field(6, description="of these, how many the report shows side by side; usual 4-20")
+    points: NonNegative = Field(
+        6,
+        description="operating points of each rule (policy, CALM's three) in the report; 0: no comparison; usual 5-10",
+    )
+    encoder: str = Field("minilm", description="encoder of BERTScore: 'minilm', a hub id, a folder, or 'none'")
+
+
 PAPER: dict[str, Any] = {
     "algorithm": "pg",
     "model": {"policy_width": 32},
@@ -316,12 +366,26 @@ PAPER: dict[str, Any] = {
 }
 """ConsistentEE as published: what the recipe ``paper`` has in place of the defaults."""
 
+GENERATION: dict[str, Any] = {
+    "model": {"backbone": "scratch"},
+    "init": {"lr": 1e-3, "batch_size": 16},
+    "policy": {"inputs": "state", "answer": "exit", "shared": False, "epochs": 6, "batch_size": 1024, "lr": 2e-3},
+    "task_step": {"lr": 1e-4, "batch_size": 16},
+    "alternation": {"rounds": 1},
+}
+"""What a run on a task with responses has in place of the defaults: an instance is a token, and there are many."""
+
 
 class RunConfig(Section):
     """A whole run."""
 
     name: str | None = Field(None, description="name of the run directory; default: the task's name")
     output_dir: str = Field("runs", description="folder of run directories")
+    storage_path: str | None = Field(
+        None,
+        description="folder shared by all nodes, or a URL (s3://, gs://, ...), that keeps all a run writes; "
+        "default: output_dir alone",
+    )
     seed: NonNegative = Field(0, description="one seed for everything")
     recipe: Literal["evidence", "paper"] = Field(
         "evidence", description="evidence: the settings found best (docs/recipes.md); paper: ConsistentEE as published"
@@ -344,19 +408,28 @@ class RunConfig(Section):
     placement: PlacementConfig = Field(default_factory=PlacementConfig)
     alternation: AlternationConfig = Field(default_factory=AlternationConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
 
     @model_validator(mode="before")
     @classmethod
     def _follow_recipe(cls, given: Any) -> Any:
         """Under ``recipe: paper`` what is not given is as published."""
         if isinstance(given, dict) and given.get("recipe") == "paper":
-            return _beneath(given, PAPER)
+            given = _beneath(given, PAPER)
+        if isinstance(given, dict) and _is_generation(given.get("task")):
+            given = _beneath(given, GENERATION)
         return given
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.policy.epsilon_final > self.policy.epsilon:
             raise ValueError("policy.epsilon_final must not exceed policy.epsilon")
+        if self.reward.name == "agreement" and not _is_generation(self.task.model_dump()):
+            raise ValueError("reward.name = 'agreement' is for generation; accepted: correctness, hardness, vanilla")
+        if self.policy.answer == "pooled" and _is_generation(self.task.model_dump()):
+            raise ValueError(
+                "policy.answer = 'pooled' is for classification; a token is written by the exit it leaves at"
+            )
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
             raise ValueError("name: a plain folder name is accepted, without '/'; the folder above it is output_dir")
         if any(unicodedata.category(letter) == "Cc" for letter in self.run_name + self.output_dir):
@@ -542,6 +615,20 @@ def _beneath(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         else:
             merged.setdefault(key, value)
     return merged
+
+
+def _is_generation(task: Any) -> bool:
+    """Whether a ``task`` section is about generation; a name that is none is refused later."""
+    from rl_exit.data.registry import find_task
+
+    if not isinstance(task, Mapping):
+        return False
+    if task.get("kind") is not None:
+        return bool(task["kind"] == "generation")
+    try:
+        return find_task(str(task.get("name", ""))).kind == "generation"
+    except DataError:
+        return False
 
 
 def _names_at(parents: Sequence[str]) -> list[str]:

@@ -1,49 +1,33 @@
 """The engine that really skips layers: rows that leave are taken out of the batch, padding shrinks with them.
 
 After each layer the criterion says which rows leave; the survivors' hidden states are compacted and cut to the longest
-survivor, so the next layer runs on what is left and on nothing else. Results equal those of all exits computed at full
-depth, whatever rows share a batch.
+survivor, so the next layer runs on what is left and on nothing else. Over many texts, survivors of several batches are
+put together again (:mod:`rl_exit.pooling`). Results equal those of all exits computed at full depth, whatever rows
+share a batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rl_exit.criteria.base import Criterion, LayerView, compact
+from rl_exit.criteria.base import Criterion
 from rl_exit.criteria.policy import ConsistentEE
 from rl_exit.errors import ConfigError, DataError
+from rl_exit.pooling import run_pooled
 from rl_exit.progress import Progress, Silent, Terminal
+from rl_exit.stepping import LayeredModel, Left, Survivors, advance, enter
 
 if TYPE_CHECKING:
     from rl_exit.data.instances import Instances
-    from rl_exit.models.backbones import SteppedBackbone, StepState
-
-
-class LayeredModel(Protocol):
-    """What the engine needs of a model (:class:`rl_exit.models.early_exit.EarlyExitModel`)."""
-
-    backbone: SteppedBackbone
-    num_layers: int
-    training: bool
-
-    @property
-    def device(self) -> torch.device:
-        """Where the batches go."""
-
-    def view(self, layer: int, state: StepState) -> LayerView:
-        """What a criterion sees after ``layer``."""
-
-    def train(self, mode: bool = True) -> Any:
-        """Set training mode."""
 
 
 @dataclass(frozen=True)
@@ -79,33 +63,21 @@ def run_batch(model: LayeredModel, batch: Mapping[str, Tensor], criterion: Crite
     """
     if model.training:
         raise ValueError("run_batch needs a model in evaluation mode: call model.eval() first")
-    device = model.device
-    state = model.backbone.begin(**{key: value.to(device) for key, value in batch.items()})
-    carry = criterion.start(state.batch_size, device)
-    rows = torch.arange(state.batch_size)  # original row of each row still inside; on the CPU, as are state.lengths
-    exit_layer = torch.full((state.batch_size,), model.num_layers)
+    inside: Survivors | None = enter(model, batch, criterion)
+    exit_layer = torch.full((len(batch["input_ids"]),), model.num_layers)
     logits: Tensor | None = None
-    answer = getattr(criterion, "answer", None)  # a criterion may answer otherwise than the exit does
-    for layer in range(1, model.num_layers + 1):
-        state = model.backbone.step(layer, state)
-        view = model.view(layer, state)
-        leave = view.everyone(True) if layer == model.num_layers else criterion.leave(layer, view, carry)
-        leave = leave.cpu()  # the one question to the device per layer
-        leaving = leave.nonzero().squeeze(1)
-        if len(leaving) == 0:
+    while inside is not None:
+        step = advance(model, inside, criterion)
+        inside, left = step.inside, step.left
+        if left is None:
             continue
-        gone = rows[leaving]
-        said = view.logits if answer is None else answer(layer, view, carry)
         if logits is None:
-            logits = said.new_zeros((len(exit_layer), said.shape[1]))
-        logits[gone.to(device)] = said[leaving.to(device)]
-        exit_layer[gone] = layer
-        if len(leaving) == len(rows):
-            break
-        staying = (~leave).nonzero().squeeze(1)
-        rows = rows[staying]
-        carry = compact(carry, staying.to(device))
-        state = state.select(staying, length=max(int(state.lengths[staying].max()), 1))
+            if inside is None:
+                exit_layer[:] = left.layer
+                return EngineOutput(left.logits, exit_layer)
+            logits = left.logits.new_zeros((len(exit_layer), left.logits.shape[1]))
+        logits[left.rows.to(logits.device)] = left.logits
+        exit_layer[left.rows] = left.layer
     assert logits is not None  # at layer L all rows leave
     return EngineOutput(logits, exit_layer)
 
@@ -116,8 +88,9 @@ def run_instances(
     criterion: Criterion,
     batch_size: int = 32,
     progress: Progress | None = None,
+    pooled: bool = True,
 ) -> EngineOutput:
-    """Run tokenised instances in batches of similar length.
+    """Run tokenised instances in batches of similar length, survivors of several batches together.
 
     The model is put into evaluation mode for the time and back afterwards.
 
@@ -127,6 +100,8 @@ def run_instances(
         criterion: Who leaves.
         batch_size: Rows at a time; changes speed, not results.
         progress: Told the number of rows done.
+        pooled: Whether survivors of different batches are put together (:mod:`rl_exit.pooling`); False: each batch runs
+            to its end alone, as a stream of single requests would. Changes speed, not results.
 
     Returns:
         Logits [N, C] and exit layers [N], on the CPU, in the order of the instances.
@@ -135,27 +110,40 @@ def run_instances(
         ConfigError: batch_size below 1.
         ValueError: No instances.
     """
-    from rl_exit.data.batching import length_sorted_batches
-
     check_batch_size(batch_size)
     if len(instances) == 0:
         raise ValueError("run_instances needs at least one instance")
     logits: Tensor | None = None
     exit_layer = torch.empty(len(instances), dtype=torch.int64)
     done = 0
-    with evaluating(model):
-        for rows in length_sorted_batches(instances.lengths, batch_size):
-            out = run_batch(model, instances.batch(rows), criterion)
+    with evaluating(model), torch.inference_mode():
+        for left in _leaving(model, instances, criterion, batch_size, pooled):
             if logits is None:
-                logits = torch.empty((len(instances), out.logits.shape[1]), dtype=torch.float32)
-            where = torch.from_numpy(rows)
-            logits[where] = out.logits.to("cpu", torch.float32)
-            exit_layer[where] = out.exit_layer
-            done += len(rows)
+                logits = torch.empty((len(instances), left.logits.shape[1]), dtype=torch.float32)
+            logits[left.rows] = left.logits.to("cpu", torch.float32)
+            exit_layer[left.rows] = left.layer
+            done += len(left.rows)
             if progress is not None:
                 progress.update(done)
     assert logits is not None
     return EngineOutput(logits, exit_layer)
+
+
+def _leaving(
+    model: LayeredModel, instances: Instances, criterion: Criterion, batch_size: int, pooled: bool
+) -> Iterator[Left]:
+    """Who leaves, as they leave; rows are numbers of instances."""
+    from rl_exit.data.batching import length_sorted_batches
+
+    def entering(rows: npt.NDArray[np.int64]) -> Callable[[], Survivors]:
+        return lambda: enter(model, instances.batch(rows), criterion, torch.from_numpy(rows))
+
+    arrivals = (entering(rows) for rows in length_sorted_batches(instances.lengths, batch_size))
+    if pooled:
+        yield from run_pooled(model, arrivals, criterion, batch_size)
+        return
+    for arrival in arrivals:
+        yield from run_pooled(model, iter([arrival]), criterion, batch_size)
 
 
 def run_texts(

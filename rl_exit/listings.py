@@ -73,6 +73,75 @@ def predictions_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -
     return table
 
 
+def inference_table(results: Mapping[str, Any]) -> Table:
+    """Figures of ``rl-exit bench inference``, one row for each model and batch size."""
+    table = Table(title="engine", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    headers = (
+        "model",
+        "batch",
+        "layers, times fewer",
+        "time, times less",
+        "time/layers",
+        "against plain",
+        "batch alone",
+    )
+    for header in (*headers, "nobody leaves", "off what was asked for"):
+        table.add_column(header, justify="right")
+    for name, model in results["models"].items():
+        for size, row in model["engine"].items():
+            table.add_row(
+                Text(name),
+                size,
+                f"{row['layer_speedup']:.2f}",
+                f"{row['speedup']:.2f}",
+                f"{row['time_per_layer_speedup']:.3f}",
+                f"{row['time_per_layer_speedup_plain']:.3f}",
+                f"{row['time_per_layer_speedup_alone']:.3f}",
+                f"{row['no_exit_overhead']:+.1%}",
+                f"{model['requested'][size] - 1.0:+.1%}",
+            )
+        promise = model["guarantee"]
+        table.add_row(Text(name), "", f"guarantee broken in {promise['broken_on_the_other_half']:.1%} of halves")
+    return table
+
+
+def dial_table(found: Mapping[str, Any]) -> Table:
+    """The dial beside policies trained for one price each."""
+    title = f"dial, measured on {found['measured_on']}; full depth {found['full_depth']:.4f}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for header in ("speed", "price of a layer", "dial: layers", "accuracy", "one price: layers", "accuracy"):
+        table.add_column(header, justify="right")
+    for row in found["curve"]:
+        figures = [row[who][what] for who in ("dial", "alone") for what in ("mean_exit_layer", "accuracy")]
+        table.add_row(f"{row['speed']:.2f}", f"{row['alpha']:.4f}", *(f"{value:.4f}" for value in figures))
+    return table
+
+
+def costs_table(costs: Any) -> Table:
+    """Measured times, milliseconds a batch, one row for each batch size and length.
+
+    Args:
+        costs: A :class:`rl_exit.costs.CostModel`.
+    """
+    where = costs.where
+    title = (
+        f"{where.get('device')}, {where.get('cpu')}, {where.get('threads')} threads, {where.get('dtype')}; ms a batch"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for header in ("texts", "tokens", "embeddings", "a layer", "an exit", "the policy", "exits and policy, share"):
+        table.add_column(header, justify="right")
+    for row, size in enumerate(costs.batch_sizes):
+        for column, length in enumerate(costs.lengths):
+            layer, exit_, policy = costs.layers[row, column].mean(), costs.exits[row].mean(), costs.policy[row].mean()
+            table.add_row(
+                str(size),
+                str(length),
+                *(f"{1e3 * value:.3f}" for value in (costs.embed[row, column], layer, exit_, policy)),
+                f"{(exit_ + policy) / layer:.1%}",
+            )
+    return table
+
+
 BENCH_MEASURES = (
     ("runner_vs_rllib", "runner / RLlib's runner, steps/s", ".0f"),
     ("runner_vs_bare", "runner / bare loop", ".2f"),
@@ -148,4 +217,49 @@ def bench_table(results: Mapping[str, Any]) -> Table:
     styles = {True: "green", False: "red", None: ""}
     for cells, met in rows:
         table.add_row(*(Text(cell, style=styles[met] if index > 1 else "") for index, cell in enumerate(cells)))
+    return table
+
+
+GENERATION_HEADER = [
+    "batch",
+    "context",
+    "full depth, tokens/s",
+    "transformers, tokens/s",
+    "with exits, tokens/s",
+    "speed-up",
+    "layer speed-up",
+    "share",
+    "deepest of batch",
+]
+
+
+def generation_rows(results: Mapping[str, Any]) -> list[tuple[list[str], bool]]:
+    """What ``rl-exit bench generation`` has measured, as text: cells, and whether the target is met.
+
+    Args:
+        results: From :func:`rl_exit.trainers.bench.generation.run`.
+    """
+    rows = []
+    for case in results["cases"]:
+        rate = case["tokens_per_second"]
+        cells = [
+            str(case["batch"]),
+            str(case["context"]),
+            *(f"{rate[name]:.1f}" for name in ("full_depth", "transformers", "exits")),
+            *(f"{case[name]:.2f}" for name in ("speedup", "layer_speedup", "share")),
+            f"{case['deepest_of_batch']:.1f} of {results['model']['num_layers']}",
+        ]
+        rows.append((cells, case["share"] >= results["target"]))
+    return rows
+
+
+def generation_table(results: Mapping[str, Any]) -> Table:
+    """What ``rl-exit bench generation`` has measured; shares below the target in red."""
+    table = Table(title="bench generation", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for words in GENERATION_HEADER:
+        table.add_column(words.replace(", ", ",\n"), justify="right")
+    for cells, met in generation_rows(results):
+        share = GENERATION_HEADER.index("share")
+        color = "green" if met else "red"
+        table.add_row(*(Text(cell, style=color if index == share else "") for index, cell in enumerate(cells)))
     return table

@@ -26,21 +26,23 @@ TIMED_RUNS = 3
 
 def every_exit(
     model: EarlyExitModel, instances: Instances, progress: Progress | None = None
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Run all layers: logits of every exit [N, L, C] and log-odds of Exit [N, L-1]."""
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Run all layers: logits of every exit [N, L, C], log-odds of Exit [N, L-1] and the policy's answers [N, L, C]."""
     count, layers, classes = len(instances), model.num_layers, model.config.num_labels
     logits = np.empty((count, layers, classes), dtype=np.float32)
     exit_logits = np.empty((count, layers - 1), dtype=np.float32)
+    answers = np.empty_like(logits)
     done = 0
     for rows in length_sorted_batches(instances.lengths, FULL_BATCH):
         with torch.inference_mode():
             out = model.all_exits(**instances.batch(rows))
             logits[rows] = out.logits.float().numpy()
+            answers[rows] = model.answers(out.states, out.logits).float().numpy()
             exit_logits[rows] = model.exit_logits(out.states, out.logits).float().numpy()
         done += len(rows)
         if progress is not None:
             progress.update(done)
-    return logits, exit_logits
+    return logits, exit_logits, answers
 
 
 def measure(
@@ -67,9 +69,8 @@ def measure(
         rule: Criterion that the engine runs in place of the policy; curve and bounds are unaffected.
     """
     model.eval()
-    logits, exit_logits = every_exit(model, instances, progress)
+    logits, exit_logits, answers = every_exit(model, instances, progress)
     losses = losses_of(logits, instances.labels)
-    answers = model.answers(torch.from_numpy(logits)).numpy()
     stored = evaluate(instances.labels, logits, losses, exit_logits, metric, threshold, answers)
     used = rule or criterion("consistentee", threshold=threshold)
     live = run_instances(model, instances, used, batch_size=batch_size)
@@ -124,6 +125,6 @@ def headline(result: SplitResult) -> dict[str, float]:
 
 def losses_of(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Cross-entropy of every exit in nats: logits [N, L, C], labels [N] -> [N, L]."""
-    log_p = F.log_softmax(torch.from_numpy(logits), -1)
+    log_p = F.log_softmax(torch.tensor(logits), -1)  # a copy: what is mapped from a file is read-only
     index = torch.tensor(labels)[:, None, None].expand(-1, logits.shape[1], 1)
     return -log_p.gather(-1, index)[..., 0].numpy()

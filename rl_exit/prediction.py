@@ -21,6 +21,8 @@ def predict_texts(
     batch_size: int,
     word: str | None = None,
     params: Sequence[str] = (),
+    operating_point: str | None = None,
+    speed: float | None = None,
 ) -> list[dict[str, Any]]:
     """Label texts with a saved model.
 
@@ -32,6 +34,8 @@ def predict_texts(
         batch_size: Texts per batch.
         word: Exit criterion in place of the policy; learned ones are read from ``criteria/`` in the model's folder.
         params: Its parameters, ``key=value``.
+        operating_point: Name of a point saved with the model.
+        speed: Place on the dial.
 
     Returns:
         One mapping per text: label, label_id, probabilities, exit_layer.
@@ -40,16 +44,29 @@ def predict_texts(
         ModelError: The model cannot be loaded, or its weights are not finite.
         UserError: The criterion cannot be made.
     """
-    inside = Path(model) / "model"
-    is_run = (inside / "config.json").is_file() and not (Path(model) / "config.json").exists()
-    folder = str(inside) if is_run else model
+    folder = model_folder(model)
     rule = chosen_criterion(word, params, Path(folder))
     loaded = EarlyExitModel.from_pretrained(folder)
     second = None if pairs is None else list(pairs)
-    found = loaded.predict(list(texts), second, batch_size=batch_size, threshold=threshold, criterion=rule)
+    found = loaded.predict(
+        list(texts),
+        second,
+        batch_size=batch_size,
+        threshold=threshold,
+        criterion=rule,
+        operating_point=operating_point,
+        speed=speed,
+    )
     if not all(math.isfinite(max(prediction.probabilities)) for prediction in found):
         raise ModelError(f"model '{model}': its answers are not finite numbers, so its weights are damaged")
     return [prediction.to_dict() for prediction in found]
+
+
+def model_folder(model: str) -> str:
+    """The model's folder where a run directory is given; anything else as it is."""
+    inside = Path(model) / "model"
+    is_run = (inside / "config.json").is_file() and not (Path(model) / "config.json").exists()
+    return str(inside) if is_run else model
 
 
 def chosen_criterion(word: str | None, params: Sequence[str], folder: Path) -> Criterion | None:

@@ -23,12 +23,14 @@ from rl_exit.config import describe_keys, parse_yaml
 from rl_exit.errors import RunError
 from rl_exit.files import read_json, write_text
 from rl_exit.pages import render_page
+from rl_exit.report_generation import generation_section
 from rl_exit.report_training import training_charts
 from rl_exit.tables import points_lost
 
 SECTIONS = (
     ("result", "Result"),
     ("exits", "Exits"),
+    ("text", "Text"),
     ("training", "Training"),
     ("time", "Time"),
     ("configuration", "Configuration"),
@@ -83,13 +85,15 @@ def render(
     training, curves = training_charts(metrics) if not isinstance(metrics, str) else ([], {})
     phases = {k: float(v) for k, v in (results.get("seconds") or {}).items() if v is not None and math.isfinite(v)}
     sections, config_note = _config_sections(config)
+    text = generation_section(found)
     metric = figures.metric_name(results.get("metric") or (found[splits[0]]["metric"] if splits else "score"))
     return render_page(
         "report.html.j2",
         {**drawn, **curves, **({"seconds": figures.seconds(phases)} if phases else {})},
         run_name=results.get("run_name") or results.get("task", "run"),
         facts=_facts(results, metric),
-        sections=SECTIONS,
+        sections=[pair for pair in SECTIONS if pair[0] != "text" or text],
+        text=text,
         main_split=main if main in splits else (splits or [main])[0],
         splits=splits,
         headline=_headline(results, found, main, metric),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's workers step back behind whatever else runs (15), and starve beside the other tier of tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # the token would be written into the home directory
 
 ANIMALS = ("cat", "dog", "horse", "mouse")
@@ -20,7 +23,8 @@ FILLER = ("the", "a", "my", "old", "new", "red", "blue", "big", "small", "near",
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the shared data are skipped, visibly, where it is absent."""
+    """Tests of the shared data are skipped, visibly, where it is absent; those that share a Ray session come last."""
+    items.sort(key=lambda item: "local_ray" in getattr(item, "fixturenames", ()))
     missing = pytest.mark.skip(reason="the shared development data is not here (RL_EXIT_SHARED)")
     for item in items:
         if "shared" in item.keywords and not _shared().is_dir():
@@ -35,6 +39,21 @@ def _shared() -> Path:
 def shared_data() -> Path:
     """Folder with data/ and models/ of the development machines."""
     return _shared()
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray session of 4 CPUs for all tests that want actors and no cluster of their own: each start takes seconds."""
+    import ray
+
+    here = Path(__file__).parent
+    # What processes of the session inherit; a runtime_env would have every worker started a second time.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here / "trainers")])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

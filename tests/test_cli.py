@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,34 @@ from rl_exit.cli import app
 runner = CliRunner()
 # Every command with its --help; a new command without an example fails here.
 COMMANDS = (
-    "train",
-    "evaluate",
-    "predict",
-    "report",
-    "analyse",
-    "compare",
-    "sweep",
-    "tasks",
     "algorithms",
+    "analyse",
+    "bench generation",
+    "bench inference",
+    "bench learning",
+    "bench sampling",
+    "calibrate",
+    "compare",
     "config show",
     "config validate",
-    "bench sampling",
-    "bench learning",
+    "dial",
+    "evaluate",
+    "generate",
+    "jobs list",
+    "jobs logs",
+    "jobs status",
+    "jobs stop",
+    "manifest",
+    "predict",
+    "profile",
+    "prune",
+    "report",
+    "runs",
+    "serve",
+    "submit",
+    "sweep",
+    "tasks",
+    "train",
 )
 
 
@@ -82,12 +97,18 @@ def test_all_commands_are_listed_here() -> None:
 
 
 def test_help_is_quick() -> None:
+    """In processor time: what a busy machine does to the clock is not ours (.ci/check-wheel takes the clock's)."""
+
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     took = []
     for _ in range(3):
-        started = time.monotonic()
+        before = spent()
         code = "import sys; sys.argv = ['rl-exit', '--help']; from rl_exit.cli import main; main()"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        took.append(time.monotonic() - started)
+        took.append(spent() - before)
     assert min(took) < 1.0
 
 
@@ -169,6 +190,8 @@ def test_config_show_is_a_configuration(tmp_path: Path) -> None:
         (("train", "nowhere.yaml"), "nowhere.yaml: no such configuration file"),
         (("train", "a.yaml", "b.yaml"), "one configuration file is accepted"),
         (("train", "algorithm=pgg"), "pgg"),
+        (("train", "algorithm=no_such_module.Algorithm"), "algorithm 'no_such_module.Algorithm': cannot be imported"),
+        (("train", "algorithm=rl_exit.errors.UserError"), "a subclass of"),
         (("train", "task.name=docstrngs"), "docstrings"),
         (("train", "task.name=local", "task.path=nowhere"), "nowhere"),
         (("evaluate", "nowhere"), "nowhere"),

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 # Commands that set up a machine; `make` targets are checked against the Makefile instead of being run.
+# A server runs until it is ended: tests/cluster/test_serving.py has it and its requests.
 SETUP = ("pip install", "git clone", "cd ", "python -m venv", "source ", "ray start", "ray stop")
+SETUP += ("rl-exit serve", "curl ")
 TINY = [
     "model.policy_width=8",
     "init.epochs=1",
@@ -28,6 +33,27 @@ TINY = [
     "task.max_train=96",
     "task.max_dev=40",
     "task.max_test=40",
+]
+
+# In place of the built-in text and a decoder's sizes.
+WRITING = [
+    "name=documentation",
+    "task.name=local",
+    "task.kind=generation",
+    "task.path=data/prompts",
+    "task.max_train=24",
+    "task.max_dev=4",
+    "task.max_test=4",
+    "model.scratch.layers=2",
+    "model.scratch.hidden=16",
+    "model.scratch.heads=2",
+    "model.scratch.vocabulary=300",
+    "init.epochs=1",
+    "policy.epochs=1",
+    "generation.samples=2",
+    "generation.max_new_tokens=4",
+    "generation.points=1",
+    "generation.encoder=none",
 ]
 
 
@@ -51,35 +77,46 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, tiny_tas
         folder / "data" / "mrpc",
         [{"sentence1": r["text"], "sentence2": r["text"], "label": int(r["label"] == "tool")} for r in rows],
     )
+    prompts = [{"prompt": "the old " + r["label"], "response": " " + r["text"]} for r in rows]
+    _write(folder / "data" / "prompts", prompts[:40])
     csv = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
     (folder / "tickets.csv").write_text("\n".join(csv) + "\n")
+    _write_decoder(folder / "my-decoder", tiny_backbone)
     (folder / "texts.txt").write_text("the old cat\na new hammer\n")
     tools = folder / "tools"
     tools.mkdir()
     local = [f"model.backbone={tiny_backbone}"]
     built_in = ["task.name=local", f"task.path={tiny_task}"]
-    shim = (
-        f"#!{sys.executable}\nimport sys\nfrom rl_exit.cli import main\n"
-        f"if 'train' in sys.argv[1:2]:\n"
-        f"    words = ' '.join(sys.argv)\n"
-        f"    sys.argv += {TINY + local!r}\n"
-        f"    if 'task.' not in words and 'stackoverflow' not in words: sys.argv += {built_in!r}\n"
-        "main()\n"
-    )
-    (tools / "rl-exit").write_text(shim)
-    (tools / "rl-exit").chmod(0o755)
-    (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (tools / "python").chmod(0o755)
     env = {
-        **os.environ,
         "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "RL_EXIT_TEST_WORDS": shlex.join(TINY + local),
+        "RL_EXIT_TEST_TASK": shlex.join(built_in),
     }
+    here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_docs import command"
+    (tools / "rl-exit").write_text(f"#!{sys.executable}\n{here}; command(sys.argv[1:])\n")
+    (tools / "rl-exit").chmod(0o755)
     words = [*TINY, *local, *built_in, "name=docstrings", "keep_rounds=all"]
-    subprocess.run(["rl-exit", "train", "--quiet", *words], cwd=folder, env=env, check=True, capture_output=True)
+    done = processes.run(command, ["train", "--quiet", *words], cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
     return folder, env
+
+
+def _write_decoder(folder: Path, tokens_of: Path) -> None:
+    """A decoder with exits, of random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rl_exit.models.causal import EarlyExitCausalModel
+    from rl_exit.models.pretrained import find_source, load_tokenizer
+
+    tokenizer = load_tokenizer(find_source(str(tokens_of)))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
+    )
+    EarlyExitCausalModel.from_model(LlamaForCausalLM(config), tokenizer).save_pretrained(folder)
 
 
 def _write(folder: Path, rows: list[dict[str, object]]) -> None:
@@ -88,9 +125,48 @@ def _write(folder: Path, rows: list[dict[str, object]]) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run(line: str, desk: tuple[Path, dict[str, str]]) -> subprocess.CompletedProcess[str]:
+def command(words: list[str]) -> None:
+    """What ``rl-exit`` does here: training is on the tiny backbone and, where no data is named, on the tiny task.
+
+    The benchmark of sampling measures for a minute by design; here it is short and on one small store.
+    """
+    from rl_exit.cli import main
+
+    if words[:2] == ["bench", "sampling"]:
+        from rl_exit.trainers.bench import sampling, setup
+
+        effort = setup.Effort(repetitions=1, batches=1, stock_steps=128, stock_share=0.02, growth=-1)
+        sampling.run.__defaults__ = ((setup.Size(2000, 4, 32),), effort)
+
+    if words[:1] == ["train"] and "generation.yaml" in " ".join(words):
+        words = [*words, *WRITING]
+    elif words[:1] == ["train"]:
+        given = " ".join(words)
+        words = [*words, *shlex.split(os.environ["RL_EXIT_TEST_WORDS"])]
+        if "task." not in given and "stackoverflow" not in given:
+            words += shlex.split(os.environ["RL_EXIT_TEST_TASK"])
+    sys.argv = ["rl-exit", *words]
+    main()
+
+
+def script(path: str, words: list[str]) -> None:
+    """``python path words...``"""
+    sys.argv = [path, *words]
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    runpy.run_path(path, run_name="__main__")
+
+
+def run(line: str, desk: tuple[Path, dict[str, str]]) -> CompletedProcess[str]:
+    """Run a line; what needs a shell gets one, the rest need not import everything again."""
     folder, env = desk
-    return subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=280)
+    words = shlex.split(line.replace("$RL_EXIT_TEST_WORDS", env["RL_EXIT_TEST_WORDS"]))
+    if words[0] == "rl-exit" and not set("|<>;&$`*") & set(line):
+        return processes.run(command, words[1:], cwd=folder, env=env)
+    if words[0] == "python":
+        return processes.run(script, words[1], words[2:], cwd=folder, env=env)
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, timeout=280
+    )
 
 
 @pytest.mark.timeout(900)  # a page with many commands on a busy machine

@@ -22,6 +22,7 @@ from rl_exit.data.instances import Instances
 from rl_exit.errors import ConfigError, DataError
 from rl_exit.inference import run_batch, run_instances
 from rl_exit.models.pretrained import find_source, load_tokenizer
+from rl_exit.pooling import DepthPool
 
 WORDS = ("cat", "dog", "horse", "saw", "drill", "the", "red", "near", "under", "my", "found")
 
@@ -73,17 +74,16 @@ def models(tiny_backbone: Path, tiny_llama: Path) -> dict[str, EarlyExitModel]:
             str(tiny_backbone), ("a", "b", "c"), pooling="mean", max_length=40, policy_inputs=inputs, policy_shared=True
         )
     for inputs in ("answers", "state"):
-        found[f"bert-pooled-{inputs}"] = pooled = EarlyExitModel.from_backbone(
+        found[f"bert-own-{inputs}"] = own = EarlyExitModel.from_backbone(
             str(tiny_backbone),
             ("a", "b", "c"),
             pooling="mean",
             max_length=40,
             policy_inputs=inputs,
-            policy_answer="pooled",
+            policy_answer="own",
         )
-        pooled.answer_pool.own.copy_(torch.tensor([1.5, 0.7]))
-        pooled.answer_pool.below.fill_(0.6)
-        pooled.answer_pool.bias.copy_(torch.tensor([[0.0, 0.2, -0.1], [0.1, 0.0, 0.0]]))
+        for value in own.answer_heads.buffers():
+            value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(2)))
     found["llama-last"] = EarlyExitModel.from_backbone(str(tiny_llama), ("a", "b", "c"), max_length=40)
     sample = instances_of([random.Random(i).randint(1, 40) for i in range(50)], seed=1).batch(range(50))
     with torch.no_grad():
@@ -157,6 +157,86 @@ def test_answers_equal_all_exits_whatever_the_batch(models, name, data):
         torch.testing.assert_close(out.logits, alone, atol=1e-5, rtol=0)
 
 
+@dataclass(frozen=True)
+class Dated:
+    """Rows leave where the test says, known by the norm of their first state, so whatever batch they run in."""
+
+    exits: Tensor
+    marks: Tensor
+    name = "dated"
+
+    def start(self, batch_size: int, device: torch.device) -> Carry:
+        return {}
+
+    def leave(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
+        if layer == 1:
+            carry["mark"] = view.state.norm(dim=-1)  # goes with the row; unlike in any two rows
+        apart = (carry["mark"][:, None] - self.marks[None]).abs()
+        return self.exits[apart.argmin(1)] == layer
+
+
+@pytest.mark.parametrize("name", ["bert-cls", "bert-mean", "bert-last", "llama-last"])
+@pytest.mark.parametrize("pooled", [True, False])
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_files_are_answered_as_row_by_row(models, name, pooled, data):
+    """Random lengths, batch sizes and exits, with survivors of several batches put together."""
+    model = models[name]
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=20), "lengths")
+    size = data.draw(st.integers(1, 8), "batch size")
+    exits = data.draw(st.lists(st.integers(1, model.num_layers), min_size=len(lengths), max_size=len(lengths)), "exits")
+    rows = instances_of(lengths, seed=sum(lengths))
+    with torch.no_grad():
+        alone = [model.all_exits(**rows.batch([row])) for row in range(len(lengths))]
+    marks = torch.cat([one.states[:, 0].norm(dim=-1) for one in alone])
+    # Rows whose marks nearly coincide (equal texts) leave together.
+    exits = [exits[int((marks - mark).abs().lt(1e-4).nonzero()[0])] for mark in marks]
+    rule = Dated(torch.tensor(exits), marks)
+    out = run_instances(model, rows, rule, size, pooled=pooled)
+    assert out.exit_layer.tolist() == exits
+    expected = torch.stack([one.logits[0, layer - 1] for one, layer in zip(alone, exits, strict=True)])
+    torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=0)
+
+
+def test_survivors_of_several_batches_run_together(model):
+    """At batch size 4 no layer runs for fewer than 4 rows while there are so many to wait for."""
+    rows = instances_of([9] * 32, 0)
+    with torch.no_grad():
+        every = model.all_exits(**rows.batch(range(32)))
+    score = every.logits[:, 0, 0]
+    rule = Above(float(score.sort().values[15:17].mean()))  # 16 of 32 leave at layer 1
+    with counting(model) as calls:
+        out = run_instances(model, rows, rule, 4)
+    assert sorted(calls) == [(1, 4, 9)] * 8 + [(2, 4, 9)] * 4 + [(3, 4, 9)] * 4
+    with counting(model) as alone:
+        again = run_instances(model, rows, rule, 4, pooled=False)
+    assert len(alone) > len(calls)
+    assert torch.equal(out.exit_layer, again.exit_layer)
+
+
+@dataclass(frozen=True)
+class Above:
+    """Leave at layer 1 if the first logit is above the bound."""
+
+    bound: float
+    name = "above"
+
+    def start(self, batch_size: int, device: torch.device) -> Carry:
+        return {}
+
+    def leave(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
+        return view.logits[:, 0] > self.bound if layer == 1 else view.everyone(False)
+
+
+def test_few_rows_wait_at_any_time(model, monkeypatch):
+    """What the pool holds is bounded by the layers and the batch size, not by the number of texts."""
+    most = []
+    put = DepthPool.put
+    monkeypatch.setattr(DepthPool, "put", lambda self, group: (put(self, group), most.append(len(self)))[0])
+    run_instances(model, instances_of([5 + i % 7 for i in range(300)], 0), ConsistentEE(0.5), 8)
+    assert 8 <= max(most) <= model.num_layers * 8
+
+
 def test_the_reference_tells_neighbouring_exits_apart(models):
     """What the property above would miss if all exits were alike."""
     for model in models.values():
@@ -164,7 +244,7 @@ def test_the_reference_tells_neighbouring_exits_apart(models):
         assert (logits[:, 1:] - logits[:, :-1]).abs().amax(-1).min() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["bert-mean", "llama-last", "bert-pooled-answers", "bert-pooled-state"])
+@pytest.mark.parametrize("name", ["bert-mean", "llama-last", "bert-own-answers", "bert-own-state"])
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_policy_exits_are_those_of_the_rule(models, name, batch_size):
     model = models[name]
@@ -177,11 +257,11 @@ def test_policy_exits_are_those_of_the_rule(models, name, batch_size):
     assert len(expected.unique()) >= 3
     out = run_instances(model, rows, ConsistentEE(0.5), batch_size)
     assert torch.equal(out.exit_layer, expected)
-    told = model.answers(every.logits)[torch.arange(50), expected - 1]
+    told = model.answers(every.states, every.logits)[torch.arange(50), expected - 1]
     torch.testing.assert_close(out.logits, told, atol=1e-5, rtol=0)
-    if model.answer_pool is not None:
+    if model.answer_heads is not None:
         plain = every.logits[torch.arange(50), expected - 1]
-        assert (plain - told).abs().max() > 0.1, "the pool must matter"
+        assert (plain - told).abs().max() > 0.1, "the heads must matter"
         rule = criterion("fixed", depth=2)
         by_depth = run_instances(model, rows, rule, batch_size).logits
         torch.testing.assert_close(by_depth, every.logits[:, 1], atol=1e-5, rtol=0)

@@ -7,10 +7,21 @@ import sys
 from pathlib import Path
 
 # In the order in which --help lists their commands.
-from rl_exit.cli import models, studies, catalogue, benchmarks  # isort: skip
+from rl_exit.cli import models, generation, deploy, serving, studies, clusters, catalogue, benchmarks  # isort: skip
 from rl_exit.cli.apps import app
 
-__all__ = ["app", "benchmarks", "catalogue", "main", "models", "studies"]
+__all__ = [
+    "app",
+    "benchmarks",
+    "catalogue",
+    "clusters",
+    "deploy",
+    "generation",
+    "main",
+    "models",
+    "serving",
+    "studies",
+]
 
 
 def main() -> None:

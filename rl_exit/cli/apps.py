@@ -21,6 +21,8 @@ config_app = typer.Typer(no_args_is_help=True, help="Show or check a configurati
 app.add_typer(config_app, name="config")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure rl-exit on this machine.")
 app.add_typer(bench_app, name="bench")
+jobs_app = typer.Typer(no_args_is_help=True, help="Jobs on a cluster: list, look at, follow, stop.")
+app.add_typer(jobs_app, name="jobs")
 
 
 def _version(value: bool) -> None:

@@ -1,4 +1,4 @@
-"""Commands that measure this machine: bench sampling, bench learning."""
+"""Commands that measure this machine: bench sampling, learning, inference, generation."""
 
 from __future__ import annotations
 
@@ -46,3 +46,42 @@ def bench_learning(
         print_json(results)
     else:
         print_table(learning_table(results))
+
+
+@bench_app.command("inference", epilog="Example: `rl-exit bench inference runs/docstrings --quick`")
+@told
+def bench_inference(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Run directories, or models of a run.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds.")] = False,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Default: 1, 8, 32 and 128.")] = None,
+    speedup: Annotated[float, typer.Option(help="What is asked for.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Time saved by layers saved, overhead of the exits, speed asked for against measured, and the guarantee."""
+    from rl_exit.engine_bench import run
+    from rl_exit.listings import inference_table
+    from rl_exit.progress import Terminal
+
+    results = run(models, Terminal(), quick=quick, batch_sizes=batch_size or (), speedup=speedup)
+    if as_json:
+        print_json(results)
+    else:
+        print_table(inference_table(results))
+
+
+@bench_app.command("generation", epilog="Example: `rl-exit bench generation --quick`")
+@told
+def bench_generation(
+    quick: Annotated[bool, typer.Option("--quick", help="Short contexts and few repetitions.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tokens per second with exits against full depth, and the share of the saved layers that the clock shows."""
+    from rl_exit.listings import generation_table
+    from rl_exit.progress import Terminal
+    from rl_exit.trainers.bench.generation import run
+
+    results = run(quick, Terminal())
+    if as_json:
+        print_json(results)
+    else:
+        print_table(generation_table(results))

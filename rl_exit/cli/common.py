@@ -66,6 +66,27 @@ def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:
     return (files[0] if files else None), [word for word in words or [] if "=" in word]
 
 
+def read_lines(file: Path) -> list[str]:
+    """Lines of a text file ('-': standard input) without the blank ones.
+
+    Raises:
+        UserError: No such file, not UTF-8 text, or nothing in it.
+    """
+    try:
+        raw = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        # Only the ends of lines part texts, not the other characters at which Python's splitlines() cuts.
+        lines = [line.removesuffix("\r") for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{file}: is a folder; a text file is expected") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
+    if not lines:
+        raise UserError(f"{file}: holds no text")
+    return lines
+
+
 def print_json(value: Any) -> None:
     """Print for programs."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rl_exit.cli.apps import app
-from rl_exit.cli.common import Json, Params, Rule, Words, print_json, print_results, print_table, split_words, told
+from rl_exit.cli.common import (
+    Json,
+    Params,
+    Rule,
+    Words,
+    print_json,
+    print_results,
+    print_table,
+    read_lines,
+    split_words,
+    told,
+)
 from rl_exit.errors import UserError
 
 
@@ -28,16 +38,20 @@ def train(
 
     config = load_config(*split_words(words))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rl_exit.cluster.reach import check_reach
     from rl_exit.cluster.session import ray_session
     from rl_exit.progress import Silent, Terminal
     from rl_exit.trainers.alternation import train as run
 
     with ray_session(config) as plan:
+        check_reach(config)
         display = Silent() if quiet else Terminal()
         if plan.phases:
             display.say(plan.describe())
         results = run(config, display, resume=resume, overwrite=overwrite, kept=plan.kept)
     _show_results(results, config.run_dir, as_json)
+    if config.storage_path is not None and not as_json:
+        typer.echo(f"kept in: {config.storage_path.rstrip('/')}/{config.run_name}")
 
 
 def _show_results(results: dict[str, Any], run_dir: Path, as_json: bool) -> None:
@@ -89,6 +103,8 @@ def predict(
     threshold: Annotated[float | None, typer.Option(help="Leave where pi is above it; default: the model's.")] = None,
     criterion: Rule = None,
     param: Params = None,
+    point: Annotated[str | None, typer.Option(help="Operating point that calibrate has saved, e.g. fast.")] = None,
+    speed: Annotated[float | None, typer.Option(help="Place on the dial, 0 (full depth) to 1.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch.")] = 32,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +112,7 @@ def predict(
     from rl_exit.prediction import predict_texts
 
     texts, pairs = _read_texts(text, text_pair, file)
-    rows = predict_texts(model, texts, pairs, threshold, batch_size, criterion, param or [])
+    rows = predict_texts(model, texts, pairs, threshold, batch_size, criterion, param or [], point, speed)
     if as_json:
         print_json(rows)
         return
@@ -117,18 +133,7 @@ def _read_texts(
     assert file is not None
     if text_pair:
         raise UserError("--text-pair goes with --text; in a file a tab parts the two texts of a line")
-    try:
-        raw = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        # Only the ends of lines part texts, not the other characters at which Python's splitlines() cuts.
-        lines = [line.removesuffix("\r") for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{file}: is a folder; a text file is expected") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
-    if not lines:
-        raise UserError(f"{file}: holds no text")
+    lines = read_lines(file)
     tabs = {line.count("\t") for line in lines}
     if len(tabs) > 1 or max(tabs) > 1:
         found = " and ".join(str(count) for count in sorted(tabs)[:3])

@@ -113,6 +113,7 @@ def sweep(
 
     plan = plan_sweep(*split_words(words), over or [], seeds, output)
     check_resumable(plan)
+    from rl_exit.cluster.reach import check_reach
     from rl_exit.cluster.sweeps import sweep_session
     from rl_exit.progress import Silent, Terminal
     from rl_exit.report_sweep import write_sweep_page
@@ -120,6 +121,7 @@ def sweep(
 
     try:
         with sweep_session(plan, max_concurrent) as (shares, at_once):
+            check_reach(plan.trials[0].config)
             results = run_sweep(plan, Silent() if quiet else Terminal(), shares, at_once)
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on with the sweep", err=True)

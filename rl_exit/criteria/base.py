@@ -42,6 +42,8 @@ class LayerView:
         num_layers: L.
         batch_size: B.
         device: Where the answer is wanted.
+        progress: Share of each row's generation that is done, [B] within 0..1 (CALM's t / N); None where nothing is
+            generated.
     """
 
     def __init__(
@@ -53,7 +55,8 @@ class LayerView:
         state: Callable[[], Tensor],
         logits: Callable[[], Tensor],
         exit_logit: Callable[[Carry], Tensor],
-        answer: Callable[[Carry], Tensor] | None = None,
+        answer: Callable[[], Tensor] | None = None,
+        progress: Tensor | None = None,
     ) -> None:
         """Set the parts.
 
@@ -66,18 +69,18 @@ class LayerView:
             logits: Gives the exit's logits [B, C].
             exit_logit: Gives the policy's log-odds of Exit [B] and keeps in the carry what it must remember; not called
                 at layer L.
-            answer: Gives what the policy answers [B, C] and keeps in the carry what it must remember; None: what the
-                exit says.
+            answer: Gives what the policy answers [B, C]; None: what the exit says.
+            progress: t / N of each row's generation, [B].
         """
         self.layer = layer
         self.num_layers = num_layers
         self.batch_size = batch_size
         self.device = device
+        self.progress = progress
         self._state = state
         self._logits = logits
         self._exit_logit = exit_logit
         self._answer = answer
-        self._answered: Tensor | None = None
 
     @cached_property
     def state(self) -> Tensor:
@@ -89,6 +92,11 @@ class LayerView:
         """Logits of the layer's exit, [B, C]."""
         return self._logits()
 
+    @cached_property
+    def answer(self) -> Tensor:
+        """What the policy answers for rows that leave here, logits [B, C]."""
+        return self.logits if self._answer is None else self._answer()
+
     def exit_logit(self, carry: Carry) -> Tensor:
         """The policy's log-odds of Exit, [B]; ``pi = sigmoid``.
 
@@ -99,16 +107,6 @@ class LayerView:
         if self.layer >= self.num_layers:
             raise ValueError(f"layer {self.layer} of {self.num_layers}: exit is forced, the policy has no say")
         return self._exit_logit(carry)
-
-    def answer(self, carry: Carry) -> Tensor:
-        """What the policy answers for a row that leaves here, logits [B, C]; computed once.
-
-        Args:
-            carry: As for :meth:`exit_logit`, which asks for it too.
-        """
-        if self._answered is None:
-            self._answered = self.logits if self._answer is None else self._answer(carry)
-        return self._answered
 
     def everyone(self, answer: bool) -> Tensor:
         """The same answer for all rows, bool [B]; computes nothing."""

@@ -1,8 +1,9 @@
 """CALM's three measures (Schuster et al. 2022): softmax margin, state saturation, learned consistency.
 
 Its threshold falls along the way, ``lambda_t = clip(0.9 lambda + 0.1 exp(-decay t / N), 0, 1)``. In the paper t counts
-the generated tokens. A classifier gives one answer, and what can fall is the threshold from layer to layer: t = l - 1,
-N = L here. With decay 0 the threshold is ``0.9 lambda + 0.1`` at every layer.
+the generated tokens and N is the most there may be; so it is where a decoder generates (``LayerView.progress``). A
+classifier gives one answer, and what can fall is the threshold from layer to layer: t = l - 1, N = L there. With decay
+0 the threshold is ``0.9 lambda + 0.1`` everywhere.
 
 The score is the largest lambda in [0, 1] at which a row would still leave, so that one pass serves every lambda.
 """
@@ -40,7 +41,7 @@ class CALMSoftmax(Scored):
     def score(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
         """See :meth:`rl_exit.criteria.base.Scored.score`."""
         top = view.logits.float().softmax(-1).topk(2, dim=-1).values
-        return largest_lambda(top[:, 0] - top[:, 1], layer, view.num_layers, self.decay)
+        return largest_lambda(top[:, 0] - top[:, 1], along(view), self.decay)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class CALMSaturation(Scored):
         if before is None:
             return torch.full((view.batch_size,), -math.inf, device=view.device)
         alike = F.cosine_similarity(carry["state"], before, dim=-1)
-        return largest_lambda(alike, layer, view.num_layers, self.decay)
+        return largest_lambda(alike, along(view), self.decay)
 
 
 @dataclass(frozen=True)
@@ -90,28 +91,33 @@ class CALMMeta(HeadScored):
     def score(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
         """See :meth:`rl_exit.criteria.base.Scored.score`."""
         sure = self.log_odds(layer, view, carry).sigmoid()
-        return largest_lambda(sure, layer, view.num_layers, self.decay)
+        return largest_lambda(sure, along(view), self.decay)
 
 
-def decayed_threshold(value: float, layer: int, num_layers: int, decay: float) -> float:
-    """lambda_t at a layer 1..L-1."""
-    return min(max(0.9 * value + 0.1 * math.exp(-decay * (layer - 1) / num_layers), 0.0), 1.0)
+def along(view: LayerView) -> Tensor | float:
+    """t / N: the share of the generation that is done, or of the layers where nothing is generated."""
+    return (view.layer - 1) / view.num_layers if view.progress is None else view.progress.double()
 
 
-def largest_lambda(confidence: Tensor, layer: int, num_layers: int, decay: float) -> Tensor:
+def decayed_threshold(value: float, share: float, decay: float) -> float:
+    """lambda_t at t / N = share."""
+    return min(max(0.9 * value + 0.1 * math.exp(-decay * share), 0.0), 1.0)
+
+
+def largest_lambda(confidence: Tensor, share: Tensor | float, decay: float) -> Tensor:
     """The largest lambda in [0, 1] with ``confidence >= lambda_t``; ``-inf`` where there is none.
 
     Args:
         confidence: float32 [B].
-        layer: 1..L-1.
-        num_layers: L.
+        share: t / N, a number or float64 [B].
         decay: As the criteria's.
 
     Returns:
         float32 [B].
     """
+    fallen = 0.1 * (torch.exp(-decay * share) if isinstance(share, Tensor) else math.exp(-decay * share))
     # In float64, so that a confidence that equals lambda_t up to its own rounding gives back lambda.
-    value = (confidence.double() - 0.1 * math.exp(-decay * (layer - 1) / num_layers)) / 0.9
+    value = (confidence.double() - fallen) / 0.9
     value = torch.where(confidence >= 1.0, 1.0, value)
     return torch.where(value < 0.0, -math.inf, value.clamp_max(1.0)).float()
 

@@ -29,8 +29,8 @@ class ConsistentEE(Scored):
         return view.exit_logit(carry)
 
     def answer(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
-        """What the policy answers, [B, C]: where the model pools, the evidence of all exits passed so far."""
-        return view.answer(carry)
+        """What the policy answers, [B, C]: where the model has heads for it, theirs; else what the exit says."""
+        return view.answer
 
     def leave(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
         """``pi > threshold``, compared as log-odds."""

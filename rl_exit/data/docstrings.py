@@ -85,7 +85,7 @@ class _Text:
 
     @property
     def rank(self) -> str:
-        return _digest(f"{self.path}\n{self.text}")
+        return digest(f"{self.path}\n{self.text}")
 
 
 def build(seed: int = 0) -> Task:
@@ -99,7 +99,7 @@ def build(seed: int = 0) -> Task:
         DataError: A library is missing, or the installed versions hold too few usable texts.
     """
     del seed
-    roots = _find_packages()
+    roots = find_packages()
     with _no_garbage_collection():
         found = [text for number, topic in enumerate(TOPICS) for text in _read_topic(number, topic, roots)]
     by_split: dict[str, list[_Text]] = {name: [] for name, _ in _SHARES}
@@ -119,7 +119,7 @@ def build(seed: int = 0) -> Task:
 
 def split_of(path: str) -> str:
     """The split that all texts of a file belong to; ``path`` starts with the package and has ``/`` between parts."""
-    share = int(_digest(f"split {path}")[:8], 16) / 2**32
+    share = int(digest(f"split {path}")[:8], 16) / 2**32
     return next(name for name, upper in _SHARES if share < upper)
 
 
@@ -135,7 +135,8 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """A hash that orders paths and texts."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -143,8 +144,12 @@ def _packages() -> list[str]:
     return sorted({folder.partition("/")[0] for topic in TOPICS for folder in topic.folders})
 
 
-def _find_packages() -> dict[str, Path]:
-    """Package -> its folder, without importing it."""
+def find_packages() -> dict[str, Path]:
+    """Package -> its folder, without importing it.
+
+    Raises:
+        DataError: Some are not installed.
+    """
     roots = {}
     for package in _packages():
         spec = importlib.util.find_spec(package)
@@ -160,7 +165,8 @@ def _find_packages() -> dict[str, Path]:
     return roots
 
 
-def _read_topic(number: int, topic: Topic, roots: Mapping[str, Path]) -> Iterator[_Text]:
+def topic_files(topic: Topic, roots: Mapping[str, Path]) -> dict[str, Path]:
+    """Source files of a topic by their path from the package on, in the order in which to read them."""
     files = {}
     for folder in topic.folders:
         package, _, inner = folder.partition("/")
@@ -170,11 +176,15 @@ def _read_topic(number: int, topic: Topic, roots: Mapping[str, Path]) -> Iterato
             if _NO_SUBJECT.isdisjoint(parts) and set(topic.leave_out).isdisjoint(parts):
                 files[path] = file
     names = [path for path in files if not path.rpartition("/")[2].startswith(_GENERATED)]
+    return {path: files[path] for path in sorted(names, key=lambda path: digest(f"read {path}"))[:_MOST_FILES]}
+
+
+def _read_topic(number: int, topic: Topic, roots: Mapping[str, Path]) -> Iterator[_Text]:
     keys: dict[str, set[str]] = {split: set() for split in PER_CLASS}
-    for path in sorted(names, key=lambda path: _digest(f"read {path}"))[:_MOST_FILES]:
+    for path, file in topic_files(topic, roots).items():
         if all(len(keys[split]) >= _MARGIN * PER_CLASS[split] for split in keys):
             return
-        texts = {text: normalised(text) for text in _read_file(files[path], _own_names(path))}
+        texts = {text: normalised(text) for text in _read_file(file, _own_names(path))}
         rows = sorted((_Text(path, number, text, key) for text, key in texts.items()), key=lambda row: row.rank)
         keys[split_of(path)].update(row.key for row in rows[:_MOST_PER_FILE])
         yield from rows[:_MOST_PER_FILE]
@@ -187,11 +197,23 @@ def _own_names(path: str) -> tuple[str, ...]:
 
 
 def _read_file(file: Path, names: tuple[str, ...]) -> Iterator[str]:
-    """The usable openings of a file's docstrings; none where this Python cannot parse it."""
+    """The usable openings of a file's docstrings."""
+    for docstring in read_docstrings(file):
+        text = opening(docstring, names)
+        if text:
+            yield text
+
+
+def read_docstrings(file: Path) -> Iterator[str]:
+    """All docstrings of a file; none where it is too large or this Python cannot parse it.
+
+    Raises:
+        DataError: It cannot be read.
+    """
     try:
         source = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file}: cannot be read for the built-in task 'docstrings': {error}") from None
+        raise DataError(f"{file}: cannot be read for the built-in tasks: {error}") from None
     if len(source) > _MOST_BYTES or (b'"""' not in source and b"'''" not in source):
         return
     try:
@@ -200,10 +222,7 @@ def _read_file(file: Path, names: tuple[str, ...]) -> Iterator[str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return
-    for docstring in _docstrings(tree):
-        text = opening(docstring, names)
-        if text:
-            yield text
+    yield from _docstrings(tree)
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:

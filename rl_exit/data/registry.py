@@ -11,6 +11,7 @@ from rl_exit.errors import DataError, nearest
 Metric = Literal["accuracy", "f1", "mcc"]
 
 BUILT_IN = "docstrings"
+BUILT_IN_TEXT = "documentation"
 LOCAL = "local"
 
 
@@ -22,12 +23,13 @@ class TaskInfo:
         name: The word for ``task.name``.
         description: One line for people: what is asked.
         note: Sizes and whatever else one should know before choosing it.
+        kind: Whether texts get a label, or prompts a response.
         hub: Hub dataset id, or None.
         subset: Hub configuration name.
         revision: Hub revision that is asked for, where the newest would not do.
         text: Column of the text.
         text_pair: Column of the second text.
-        label: Column of the label.
+        label: Column of the label, or of the response.
         labels: Class names in the order of their numbers, where the task fixes them.
         classes: C, where known beforehand.
         metric: Metric of the task.
@@ -47,11 +49,12 @@ class TaskInfo:
     metric: Metric = "accuracy"
     dev: str | None = None
     note: str = ""
+    kind: Literal["classification", "generation"] = "classification"
 
     @property
     def origin(self) -> str:
         """Where the texts come from, in words."""
-        if self.name == BUILT_IN:
+        if self.name in (BUILT_IN, BUILT_IN_TEXT):
             return "built in"
         if self.hub is None:
             return "local files (task.path)"
@@ -200,6 +203,34 @@ _TASKS = (
         labels=("World", "Sports", "Business", "Sci/Tech"),
         classes=4,
         note="120000 texts, dev is cut from train",
+    ),
+    TaskInfo(
+        BUILT_IN_TEXT,
+        "continue a piece of documentation",
+        text="prompt",
+        label="response",
+        note="docstrings of the installed dependencies, cut in two; no download; for a decoder",
+        kind="generation",
+    ),
+    TaskInfo(
+        "alpaca",
+        "follow an instruction (Taori et al. 2023)",
+        "tatsu-lab/alpaca",
+        text="instruction",
+        text_pair="input",
+        label="output",
+        note="52002 examples, dev is cut from train; CC BY-NC 4.0; for a decoder",
+        kind="generation",
+    ),
+    TaskInfo(
+        "dolly",
+        "follow an instruction (Databricks 2023)",
+        "databricks/databricks-dolly-15k",
+        text="instruction",
+        text_pair="context",
+        label="response",
+        note="15011 examples in one split; CC BY-SA 3.0; for a decoder",
+        kind="generation",
     ),
     TaskInfo(LOCAL, "any Parquet, CSV, TSV or JSONL: task.path and, where they differ, task.text and task.label"),
 )

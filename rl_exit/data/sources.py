@@ -212,9 +212,32 @@ def _read_files(files: Sequence[Path], where: str) -> RawSplit:
 
 
 def _raw(dataset: Any, where: str, typed: bool = True) -> RawSplit:
+    _check_text(dataset.data.table, where)
     names = {column: tuple(feature.names) for column, feature in dataset.features.items() if hasattr(feature, "names")}
     # A filtered or sorted dataset keeps its order in an index beside the table; ours are fresh from the builder.
     return RawSplit(where, dataset.data.table, names, typed)
+
+
+def _check_text(table: pa.Table, where: str) -> None:
+    """Refuse strings that are not UTF-8, which the readers of JSONL and Parquet take over as they are."""
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            continue
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            binary = pa.binary() if pa.types.is_string(column.type) else pa.large_binary()
+            cells = (cell for chunk in column.chunks for cell in chunk.view(binary).to_pylist())
+            row = next((row for row, cell in enumerate(cells) if cell is not None and not _is_utf8(cell)), 0)
+            raise DataError(f"{where}, column '{name}': not UTF-8 text in row {row} (counted from 0)") from None
+
+
+def _is_utf8(cell: bytes) -> bool:
+    try:
+        cell.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_empty(file: Path, kind: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -19,7 +19,7 @@ from rl_exit.data.registry import BUILT_IN, LOCAL, Metric, TaskInfo, find_task, 
 from rl_exit.data.sources import DEV_NAMES, RawSplit, Source, open_hub, open_local
 from rl_exit.errors import DataError, nearest
 
-__all__ = ["Task", "TaskInfo", "TextSplit", "list_tasks", "load_task", "tokenise"]
+__all__ = ["Task", "TaskInfo", "TextSplit", "list_tasks", "load_task", "task_kind", "tokenise"]
 
 _NUMBER_TEXT = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 # One random stream per purpose, so that max_dev does not change what max_train takes.
@@ -81,6 +81,19 @@ class Task:
     description: str
 
 
+def task_kind(config: TaskConfig) -> str:
+    """``"classification"`` or ``"generation"``: ``task.kind``, or what the task is for.
+
+    Raises:
+        DataError: Unknown task, or a task of the other kind.
+    """
+    info = find_task(config.name)
+    fixed = info.hub != info.name and info.name != LOCAL
+    if config.kind is not None and fixed and config.kind != info.kind:
+        raise DataError(f"task.kind = '{config.kind}': task '{config.name}' is for {info.kind}")
+    return config.kind or info.kind
+
+
 def load_task(config: TaskConfig, seed: int) -> Task:
     """Load the texts of a task.
 
@@ -94,7 +107,14 @@ def load_task(config: TaskConfig, seed: int) -> Task:
         UserError: No space left on the device.
     """
     info = find_task(config.name)
-    task = _built_in(config, seed) if info.name == BUILT_IN else _assemble(config, info, _open(config, info), seed)
+    if task_kind(config) == "generation":
+        raise DataError(
+            f"task '{config.name}' has responses, not labels: it is for a decoder that generates (docs/generation.md), "
+            "and this command is about classification"
+        )
+    task = (
+        _built_in(config, seed) if info.name == BUILT_IN else _assemble(config, info, open_source(config, info), seed)
+    )
     limits = {"train": config.max_train, "dev": config.max_dev, "test": config.max_test}
     splits = {name: _limit(split, limits[name], seed, name) for name, split in task.splits.items()}
     sizes = ", ".join(
@@ -102,6 +122,35 @@ def load_task(config: TaskConfig, seed: int) -> Task:
         for name, split in splits.items()
     )
     return replace(task, splits=splits, description=f"{task.description.rstrip('. ')}. Rows: {sizes}.")
+
+
+def load_labelled(path: str, config: TaskConfig, label_names: Sequence[str], labelled: bool = True) -> TextSplit:
+    """Read one file or one folder's only split of more texts of a task that a model already knows.
+
+    Args:
+        path: File (Parquet, CSV, TSV, JSONL).
+        config: The task that the model was trained on; its columns are looked for.
+        label_names: The model's classes in the order of their numbers.
+        labelled: Whether labels are needed; without them all are 0.
+
+    Raises:
+        DataError: Anything wrong with the file, its columns, texts or labels.
+    """
+    info = find_task(config.name)
+    source = open_local(path)
+    if len(source.names) != 1:
+        raise DataError(f"{source.origin}: {len(source.names)} splits ({', '.join(source.names)}); name one file")
+    raw = source.read(source.names[0])
+    text, pair, label = config.text or info.text, config.text_pair or info.text_pair, config.label or info.label
+    wanted = {"task.text": text, "task.text_pair": pair, **({"task.label": label} if labelled else {})}
+    check_columns(raw, wanted)
+    numbers = np.zeros(raw.table.num_rows, dtype=np.int64)
+    if labelled:
+        found = read_labels(raw, label)
+        if found.all_unlabelled:
+            raise DataError(f"{raw.where}, column '{label}': all labels are missing")
+        numbers = encode(found, find_classes(found, raw, label_names, None))
+    return _text_split(raw, text, pair, numbers)
 
 
 def tokenise(split: TextSplit, tokenizer: Any, max_length: int) -> Instances:
@@ -159,7 +208,12 @@ def _built_in(config: TaskConfig, seed: int) -> Task:
     return task if config.metric is None else replace(task, metric=config.metric)
 
 
-def _open(config: TaskConfig, info: TaskInfo) -> Source:
+def open_source(config: TaskConfig, info: TaskInfo) -> Source:
+    """The splits of a task: local files where ``task.path`` names them, else the hub.
+
+    Raises:
+        DataError: There is neither.
+    """
     if config.path is not None:
         # The subset of a registered task names a part of the hub dataset, not a folder of the local files.
         return open_local(config.path, config.subset, single=config.train)
@@ -173,14 +227,14 @@ def _assemble(config: TaskConfig, info: TaskInfo, source: Source, seed: int) -> 
     text = config.text or info.text
     pair = config.text_pair or info.text_pair
     label = config.label or info.label
-    names = _split_names(config, info, source)
+    names = split_names(config, info, source)
     notes = []
     raw = {role: source.read(name) for role, name in names.items()}
     if "test" in raw and config.test is None and label not in raw["test"].table.column_names:
         del raw["test"]
         notes.append("its test split has no labels and is left out")
     for split in raw.values():
-        _check_columns(split, {"task.text": text, "task.text_pair": pair, "task.label": label})
+        check_columns(split, {"task.text": text, "task.text_pair": pair, "task.label": label})
     labels = {role: read_labels(split, label) for role, split in raw.items()}
     if "test" in labels and labels["test"].all_unlabelled:
         if config.test is not None:
@@ -207,8 +261,12 @@ def _rest(splits: Mapping[str, TextSplit]) -> dict[str, TextSplit]:
     return {role: split for role, split in splits.items() if role != "train"}
 
 
-def _split_names(config: TaskConfig, info: TaskInfo, source: Source) -> dict[str, str]:
-    """Role (train, dev, test) -> name of the split in the source."""
+def split_names(config: TaskConfig, info: TaskInfo, source: Source) -> dict[str, str]:
+    """Role (train, dev, test) -> name of the split in the source.
+
+    Raises:
+        DataError: A split that is not there, or train named for another role.
+    """
     chosen = {"train": config.train}
     if config.dev is not None:
         chosen["dev"] = config.dev
@@ -232,7 +290,12 @@ def _split_names(config: TaskConfig, info: TaskInfo, source: Source) -> dict[str
     return chosen
 
 
-def _check_columns(split: RawSplit, wanted: Mapping[str, str | None]) -> None:
+def check_columns(split: RawSplit, wanted: Mapping[str, str | None]) -> None:
+    """Refuse a split without rows or without a column; ``wanted`` has them by the key that names them.
+
+    Raises:
+        DataError: What is missing, and what is there.
+    """
     columns = split.table.column_names
     for key, column in wanted.items():
         if column is not None and column not in columns:

@@ -8,7 +8,7 @@ episode there, so no action is ever taken, or credited, at L.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -76,6 +76,7 @@ class EarlyExitEnv(gymnasium.Env[Observation, int]):
         source: The path of a state store, an open :class:`StateStore`, or a source of its own (:class:`LiveSource`).
         reward: ``"hardness"`` (Eq. 4), ``"vanilla"`` (Eq. 3), ``"correctness"``, or a function of the :class:`Outcome`.
         alpha: Price of a layer in nats, for the named rewards; usual 0.005-0.2.
+        cost: [L], cost of leaving at each layer; None: the layer's number.
 
     Raises:
         RunError: The path is no state store.
@@ -89,11 +90,13 @@ class EarlyExitEnv(gymnasium.Env[Observation, int]):
         source: Source | StateStore | str | os.PathLike[str],
         reward: str | RewardFunction = "hardness",
         alpha: float = 0.05,
+        cost: Sequence[float] | None = None,
     ) -> None:
         self.source = as_source(source)
         check_reward(reward, alpha, self.source.knows_memorized)
         self.reward = reward
         self.alpha = alpha
+        self.cost = cost
         self.num_layers = self.source.num_layers
         self.observation_space, self.action_space = episode_spaces(self.num_layers, self.source.hidden_size)
         self._epochs = Epochs(self.source.rows)
@@ -150,7 +153,7 @@ class EarlyExitEnv(gymnasium.Env[Observation, int]):
         }
         if outcome.memorized is not None:
             info["memorized"] = outcome.memorized
-        return self._observation(layer), exit_reward(outcome, self.reward, self.alpha), True, False, info
+        return self._observation(layer), exit_reward(outcome, self.reward, self.alpha, self.cost), True, False, info
 
     def _observation(self, layer: int) -> Observation:
         return {"state": self._state, "layer": np.int64(layer)}
@@ -165,14 +168,16 @@ def episode_spaces(num_layers: int, hidden_size: int) -> tuple[spaces.Dict, spac
     return spaces.Dict({"state": state, "layer": spaces.Discrete(num_layers, start=1)}), spaces.Discrete(2)
 
 
-def exit_reward(outcome: Outcome, reward: str | RewardFunction, alpha: float) -> float:
+def exit_reward(
+    outcome: Outcome, reward: str | RewardFunction, alpha: float, cost: Sequence[float] | None = None
+) -> float:
     """Reward of an episode's end: the named formula (Eq. 3 or 4, float32 as in :func:`rewards`) or a function."""
     if callable(reward):
         return float(reward(outcome))
     losses = np.full((1, outcome.num_layers), outcome.loss, dtype=np.float32)
     memorized = None if outcome.memorized is None else [outcome.memorized]
     correct = np.full((1, outcome.num_layers), outcome.correct)
-    return float(rewards(losses, memorized, alpha, reward, correct=correct)[0, outcome.exit_layer - 1])
+    return float(rewards(losses, memorized, alpha, reward, cost=cost, correct=correct)[0, outcome.exit_layer - 1])
 
 
 def check_reward(reward: str | RewardFunction, alpha: float, knows_memorized: bool) -> None:

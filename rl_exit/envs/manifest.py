@@ -80,7 +80,9 @@ def parse_manifest(text: str, folder: Path) -> tuple[Layout, list[ShardInfo], st
     if tree.get("version") != VERSION:
         raise RunError(f"{folder}: state store of version {tree.get('version')!r}; readable here: {VERSION}")
     try:
-        layout = Layout(tree["num_layers"], tree["hidden_size"], tree["num_classes"], tree["dtype"])
+        layout = Layout(
+            tree["num_layers"], tree["hidden_size"], tree["num_classes"], tree["dtype"], tree.get("keeps_logits", True)
+        )
         infos: list[ShardInfo] = []
         row = 0
         for index, shard in enumerate(tree["shards"]):

@@ -161,17 +161,19 @@ class RewardTable:
         store: Source of losses and correctness.
         kind: ``hardness`` (Eq. 4), ``vanilla`` (Eq. 3) or ``correctness``.
         alpha: Price of a layer, nats.
+        cost: [L], cost of leaving at each layer; None: the layer's number.
     """
 
     store: StateStore
     kind: str
     alpha: float
+    cost: tuple[float, ...] | None = None
 
     def __call__(self, rows: npt.NDArray[np.integer]) -> FloatArray:
         """Rewards [B, L] float32."""
         losses, correct = self.store.outcomes(rows)
         memorized = memorized_layer(correct) if self.kind == "hardness" else None
-        return rewards(losses, memorized, self.alpha, self.kind, correct=correct)
+        return rewards(losses, memorized, self.alpha, self.kind, cost=self.cost, correct=correct)
 
 
 @dataclass(frozen=True)
@@ -191,9 +193,18 @@ class BlockSampler:
     trajectories: int
 
     @classmethod
-    def over(cls, store: StateStore, *, seed: int, trajectories: int, reward: str, alpha: float) -> BlockSampler:
+    def over(
+        cls,
+        store: StateStore,
+        *,
+        seed: int,
+        trajectories: int,
+        reward: str,
+        alpha: float,
+        cost: tuple[float, ...] | None = None,
+    ) -> BlockSampler:
         """A sampler with a reader of its own."""
-        return cls(StateReader(store), RewardTable(store, reward, alpha), seed, trajectories)
+        return cls(StateReader(store), RewardTable(store, reward, alpha, cost), seed, trajectories)
 
     def draw(self, policy: ArrayPolicy, block: Block, epsilon: float) -> Trajectories:
         """Trajectories of one block.

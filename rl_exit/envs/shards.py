@@ -47,12 +47,19 @@ class Layout:
         hidden_size: H.
         num_classes: C.
         dtype: Storage of the states: float32, float16 or bfloat16. Everything else is float32.
+        keeps_logits: Whether logits are stored; of tokens, with a vocabulary of classes, they are not: [B, L, 0].
     """
 
     num_layers: int
     hidden_size: int
     num_classes: int
     dtype: str = "float32"
+    keeps_logits: bool = True
+
+    @property
+    def logit_width(self) -> int:
+        """Logits stored of an instance and layer: C or 0."""
+        return self.num_classes if self.keeps_logits else 0
 
     def __post_init__(self) -> None:
         if self.num_layers < 2 or self.hidden_size < 1 or self.num_classes < 2:
@@ -154,7 +161,7 @@ def checked_block(
         "states": (count, layers, hidden),
         "losses": (count, layers),
         "correct": (count, layers),
-        "logits": (count, layers, classes),
+        "logits": (count, layers, layout.logit_width),
     }
     shapes = {name: getattr(block, name).shape for name in expected}
     wrong = [f"{name} {shape}" for name, shape in shapes.items() if shape != expected[name]]
@@ -164,7 +171,8 @@ def checked_block(
     if count and (block.labels.min() < 0 or block.labels.max() >= classes):
         raise ValueError(f"state store: labels {block.labels.min()}..{block.labels.max()}; accepted: 0..{classes - 1}")
     for name in ("states", "losses", "logits"):
-        finite = np.isfinite(getattr(block, name)).reshape(count, layers, -1).all(axis=2)
+        values = np.isfinite(getattr(block, name))
+        finite = values if values.ndim == 2 else values.all(axis=2)
         if not finite.all():
             row, layer = np.argwhere(~finite)[0]
             raise UserError(
@@ -244,8 +252,9 @@ def write_shard_file(path: Path, origin: ShardOrigin, block: StateBlock) -> int:
         "states": _tensor_column(block.states),
         "losses": _tensor_column(block.losses),
         "correct": _tensor_column(block.correct.view(np.uint8)),
-        "logits": _tensor_column(block.logits),
     }
+    if origin.layout.keeps_logits:
+        columns["logits"] = _tensor_column(block.logits)
     batch = pa.RecordBatch.from_pydict(columns).replace_schema_metadata(metadata)
     with writing(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -313,7 +322,11 @@ def map_shard(path: Path, layout: Layout, data: Array | None = None) -> MappedSh
             states=batch.column("states").to_numpy_ndarray(),
             losses=batch.column("losses").to_numpy_ndarray(),
             correct=batch.column("correct").to_numpy_ndarray().view(np.bool_),
-            logits=batch.column("logits").to_numpy_ndarray(),
+            logits=(
+                batch.column("logits").to_numpy_ndarray()
+                if layout.keeps_logits
+                else np.empty((batch.num_rows, layout.num_layers, 0), dtype=np.float32)
+            ),
         )
     except FileNotFoundError:
         raise RunError(f"{path}: this shard of the state store is missing") from None

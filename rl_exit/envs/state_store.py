@@ -258,7 +258,7 @@ class StateStore:
             labels=np.empty(count, dtype=np.int64),
             losses=np.empty((count, layers), dtype=np.float32),
             correct=np.empty((count, layers), dtype=np.bool_),
-            logits=np.empty((count, layers, self.num_classes), dtype=np.float32),
+            logits=np.empty((count, layers, self.layout.logit_width), dtype=np.float32),
         )
         for shard, local, places in self._parts(wanted):
             for name in ("ids", "labels", "losses", "correct", "logits"):
@@ -343,6 +343,7 @@ class StateStoreWriter:
         num_classes: C.
         dtype: Storage of the states: float32, float16 or bfloat16.
         shard_size: Instances per shard; one shard is held in memory until it is full.
+        keeps_logits: Whether logits are stored (:class:`~rl_exit.envs.shards.Layout`).
         instances: Fingerprint of the tokenised instances.
         model: Fingerprint of the model that computes the states.
 
@@ -360,13 +361,14 @@ class StateStoreWriter:
         dtype: str = "float32",
         shard_size: int = 8192,
         *,
+        keeps_logits: bool = True,
         instances: str = "",
         model: str = "",
     ) -> None:
         if shard_size < 1:
             raise ValueError(f"shard_size {shard_size}; accepted: at least 1")
         self.path = Path(path).absolute()
-        self.layout = Layout(num_layers, hidden_size, num_classes, dtype)
+        self.layout = Layout(num_layers, hidden_size, num_classes, dtype, keeps_logits)
         self._shard_size = shard_size
         self._instances = instances
         self._model = model
@@ -457,7 +459,7 @@ class StateStoreWriter:
             labels=np.empty(size, dtype=np.int64),
             losses=np.empty((size, layout.num_layers), dtype=np.float32),
             correct=np.empty((size, layout.num_layers), dtype=np.bool_),
-            logits=np.empty((size, layout.num_layers, layout.num_classes), dtype=np.float32),
+            logits=np.empty((size, layout.num_layers, layout.logit_width), dtype=np.float32),
             states=states,
         )
 

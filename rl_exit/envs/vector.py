@@ -44,6 +44,7 @@ class EarlyExitVectorEnv(VectorEnv[Observation, npt.NDArray[np.integer], npt.NDA
         source: The path of a state store, or an open one.
         reward: ``"hardness"`` (Eq. 4), ``"vanilla"`` (Eq. 3), ``"correctness"``, or a function of the :class:`Outcome`.
         alpha: Price of a layer in nats.
+        cost: [L], cost of leaving at each layer; None: the layer's number.
         shards: With a path: the shards to map, and so to draw from; None for all.
 
     Raises:
@@ -63,6 +64,7 @@ class EarlyExitVectorEnv(VectorEnv[Observation, npt.NDArray[np.integer], npt.NDA
         reward: str | RewardFunction = "hardness",
         alpha: float = 0.05,
         shards: Sequence[int] | None = None,
+        cost: Sequence[float] | None = None,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs {num_envs}; accepted: at least 1")
@@ -75,6 +77,7 @@ class EarlyExitVectorEnv(VectorEnv[Observation, npt.NDArray[np.integer], npt.NDA
         check_reward(reward, alpha, knows_memorized=True)
         self.reward = reward
         self.alpha = alpha
+        self.cost = cost
         self.num_envs = num_envs
         self.num_layers = self.store.num_layers
         self.single_observation_space, self.single_action_space = episode_spaces(
@@ -92,7 +95,7 @@ class EarlyExitVectorEnv(VectorEnv[Observation, npt.NDArray[np.integer], npt.NDA
         self._memorized: IntArray = np.zeros(num_envs, dtype=np.int64)
         self._losses: FloatArray = np.zeros((num_envs, layers), dtype=np.float32)
         self._correct: BoolArray = np.zeros((num_envs, layers), dtype=np.bool_)
-        self._logits: FloatArray = np.zeros((num_envs, layers, self.store.num_classes), dtype=np.float32)
+        self._logits: FloatArray = np.zeros((num_envs, layers, self.store.layout.logit_width), dtype=np.float32)
         self._rewards: FloatArray = np.zeros((num_envs, layers), dtype=np.float32)
         self._ended: BoolArray | None = None  # None: reset() has not been called
 
@@ -160,7 +163,9 @@ class EarlyExitVectorEnv(VectorEnv[Observation, npt.NDArray[np.integer], npt.NDA
         self._correct[envs] = records.correct
         self._logits[envs] = records.logits
         if not callable(self.reward):
-            self._rewards[envs] = rewards(records.losses, memorized, self.alpha, self.reward, correct=records.correct)
+            self._rewards[envs] = rewards(
+                records.losses, memorized, self.alpha, self.reward, cost=self.cost, correct=records.correct
+            )
 
     def _reward(self, envs: IntArray) -> npt.NDArray[np.float64]:
         """Rewards of all sub-environments, [E]: 0 but for those that end."""

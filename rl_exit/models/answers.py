@@ -61,7 +61,10 @@ def answer_figures(layer: int, num_layers: int, logits: Tensor, memory: Memory) 
     p = z.softmax(-1)
     two, order = p.topk(2, -1)
     best, answer = two[:, 0], order[:, :1]
-    uncertainty = _entropy(p)
+    # From what the other classes weigh against the answer: no digits are left of 1 - p where p is nearly 1.
+    apart = z - z.gather(1, answer)
+    rest = apart.exp().scatter(1, answer, 0.0).sum(-1)
+    uncertainty = (rest.log1p() - (p * apart.clamp_min(-100.0)).sum(-1)) / math.log(p.shape[-1])
     zero = torch.zeros_like(best)
     if layer == 1:
         same = share = before = mean = entropy_before = change = run = zero
@@ -80,10 +83,8 @@ def answer_figures(layer: int, num_layers: int, logits: Tensor, memory: Memory) 
     memory["answers_votes"] = votes.scatter_add(1, answer, torch.ones_like(two[:, :1]))
     memory["answers_run"] = run
     memory["answers_entropy"] = uncertainty
-    # From the logits: 1 - p has no digits left where p is nearly 1.
-    others = z.scatter(1, answer, -math.inf).logsumexp(-1)
     figures = (
-        (z.gather(1, answer)[:, 0] - others).clamp(-10.0, 10.0) / 3.0,
+        -rest.clamp_min(1e-30).log().clamp(-10.0, 10.0) / 3.0,
         best - two[:, 1],
         uncertainty,
         uncertainty.clamp_min(1e-6).log() / 3.0,
@@ -156,8 +157,3 @@ def every_policy_input(inputs: Inputs, states: Tensor, logits: Tensor) -> Tensor
         [B, L, input_size].
     """
     return policy_input(inputs, states, None if inputs == "state" else all_answer_figures(logits))
-
-
-def _entropy(p: Tensor) -> Tensor:
-    """Entropy over ln C, in 0..1."""
-    return -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(p.shape[-1])

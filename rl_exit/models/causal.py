@@ -10,6 +10,7 @@ Shapes: B rows, T positions, E exits, L layers, H hidden size, V vocabulary, N c
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
-from rl_exit.criteria.base import Carry, LayerView
+from rl_exit.criteria.base import Carry, Criterion, LayerView
 from rl_exit.errors import ModelError
+from rl_exit.generation import api
+from rl_exit.generation.loop import Event
 from rl_exit.models import folder, pretrained
+from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_input, input_size, policy_input
 from rl_exit.models.backbones import step_backbone
 from rl_exit.models.card import causal_card
 from rl_exit.models.policy import PolicyHeads
@@ -42,6 +54,8 @@ class EarlyExitCausalConfig(PretrainedConfig):
         exit_every: k: exits at layers k, 2k, ..., and at the last.
         exit_rank: Rank of each exit's adapter; 0: a norm alone.
         policy_width: W, hidden width of the policy heads.
+        policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"`` (:mod:`rl_exit.models.answers`);
+            with the latter two the head is computed at every exit that a token passes.
         policy_shared: Whether the policy heads of all exits share their weights.
         max_tokens: Tokens of an example, longer ones are cut.
         threshold: Operating point: leave at the first ``pi > threshold``.
@@ -59,6 +73,7 @@ class EarlyExitCausalConfig(PretrainedConfig):
         exit_every: int = 1,
         exit_rank: int = 0,
         policy_width: int = 64,
+        policy_inputs: Inputs = "state",
         policy_shared: bool = False,
         max_tokens: int = 512,
         threshold: float = 0.5,
@@ -71,6 +86,7 @@ class EarlyExitCausalConfig(PretrainedConfig):
         self.exit_every = exit_every
         self.exit_rank = exit_rank
         self.policy_width = policy_width
+        self.policy_inputs = policy_inputs
         self.policy_shared = policy_shared
         self.max_tokens = max_tokens
         self.threshold = threshold
@@ -128,6 +144,7 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
         num_layers: L.
         num_exits: E.
         exit_layers: Layer of each exit, increasing; the last is L.
+        exit_of_layer: For each layer 0..L the number of its exit; 0 where there is none.
     """
 
     config_class = EarlyExitCausalConfig
@@ -149,12 +166,16 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
         self.exit_layers = exit_layers(self.num_layers, config.exit_every)
         self.num_exits = len(self.exit_layers)
         self.exits = TokenExits(self.backbone.final_norm, self.num_exits, hidden, config.exit_rank)
-        self.policy = PolicyHeads(self.num_exits, hidden, config.policy_width, config.policy_shared)
+        if config.policy_inputs not in INPUTS:
+            raise ModelError(f"policy_inputs '{config.policy_inputs}' is unknown; accepted: {', '.join(INPUTS)}")
+        self.policy = PolicyHeads(
+            self.num_exits, input_size(config.policy_inputs, hidden), config.policy_width, config.policy_shared
+        )
         self.lm_head = None if config.tied_head else nn.Linear(hidden, config.vocab_size, bias=False)
         self.tokenizer: Any = None
-        self._exit_of_layer = [0] * (self.num_layers + 1)
+        self.exit_of_layer = [0] * (self.num_layers + 1)
         for number, layer in enumerate(self.exit_layers, 1):
-            self._exit_of_layer[layer] = number
+            self.exit_of_layer[layer] = number
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -198,6 +219,7 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
         exit_every: int = 1,
         exit_rank: int = 0,
         policy_width: int = 64,
+        policy_inputs: Inputs = "state",
         policy_shared: bool = False,
         max_length: int | None = None,
         task: str = "",
@@ -212,6 +234,7 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
             exit_every: k: exits at layers k, 2k, ..., and at the last.
             exit_rank: Rank of each exit's adapter; 0: a norm alone.
             policy_width: Hidden width of the policy heads.
+            policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"``.
             policy_shared: Whether the policy heads of all exits share their weights.
             max_length: Tokens of an example; None: 512, or what the backbone has positions for if that is less.
             task: The task's name.
@@ -243,6 +266,7 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
             exit_every=exit_every,
             exit_rank=exit_rank,
             policy_width=policy_width,
+            policy_inputs=policy_inputs,
             policy_shared=policy_shared,
             max_tokens=length,
             task=task,
@@ -307,7 +331,7 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
         found = []
         for layer in range(1, self.num_layers + 1):
             state = self.backbone.step(layer, state)
-            number = self._exit_of_layer[layer]
+            number = self.exit_of_layer[layer]
             if number:
                 found.append(self.exit_state(number, state.hidden))
         return torch.stack(found, 1)
@@ -328,7 +352,7 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: A layer without exit.
         """
-        numbers = leaving_exits(self._exit_of_layer, exit_layer)
+        numbers = leaving_exits(self.exit_of_layer, exit_layer)
         state = self.backbone.begin(input_ids, attention_mask)
         for layer in range(1, self.num_layers + 1):
             after = self.backbone.step(layer, state)
@@ -385,12 +409,26 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
 
     def exit_logits(self, states: Tensor) -> Tensor:
         """The policy's log-odds of Exit at exits 1..E-1, [N, E-1], from states [N, E, H]."""
-        return self.policy(states)
+        return self.policy(self.policy_reads(states))
 
-    def view(self, number: int, hidden: Tensor) -> LayerView:
+    def policy_reads(self, states: Tensor) -> Tensor:
+        """What the policy reads of N tokens: [N, E, D] from states [N, E, H]; logits exist for a block at a time."""
+        inputs: Inputs = self.config.policy_inputs
+        if inputs == "state":
+            return states
+        rows = max(self._block_rows() // self.num_exits, 1)
+        parts = [every_policy_input(inputs, part, self.head(part).float()) for part in states.split(rows) if len(part)]
+        return torch.cat(parts) if parts else states.new_zeros((0, self.num_exits, self.policy.hidden_size))
+
+    def view(self, number: int, hidden: Tensor, progress: Tensor | None = None) -> LayerView:
         """What a criterion sees at exit ``number`` for B tokens, from their layer's output [B, H].
 
         To criteria the exits are the layers: ``layer`` is the exit's number and ``num_layers`` is E.
+
+        Args:
+            number: 1..E.
+            hidden: [B, H].
+            progress: Share of each row's generation that is done, [B], for thresholds that fall along the way.
         """
         found = LayerView(
             number,
@@ -399,12 +437,85 @@ class EarlyExitCausalModel(PreTrainedModel, GenerationMixin):
             hidden.device,
             state=lambda: self.exit_state(number, hidden),
             logits=lambda: self.head(found.state),
-            exit_logit=lambda carry: self._exit_logit(found, carry),
+            exit_logit=lambda carry: self.exit_logit(found, carry),
+            progress=progress,
         )
         return found
 
-    def _exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
-        return self.policy.at(view.layer, view.state)
+    def generate(
+        self,
+        inputs: Tensor | str | Sequence[str] | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        criterion: Criterion | None = None,
+        threshold: float | None = None,
+        streamer: Any = None,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> Any:
+        """Continue texts or token ids; each token leaves at its own layer, the layers above are not computed for it.
+
+        Prompts run at full depth. Rows of a batch may have any lengths and leave at different layers.
+
+        Args:
+            inputs: A text, several texts, or token ids int64 [B, T].
+            generation_config: Settings as a whole; ``**options`` go before it.
+            input_ids: Token ids int64 [B, T], as transformers names them; None without texts: the beginning of a text.
+            attention_mask: [B, T], 1 at real tokens, padding on either side; None: as transformers infers it.
+            criterion: In place of the policy, e.g. ``rl_exit.criteria.criterion("calm_softmax", threshold=0.9)``; to
+                criteria the exits 1..E are the layers.
+            threshold: Of the policy, in place of ``config.threshold``; 1: full depth.
+            streamer: One of transformers, for token ids.
+            batch_size: Texts at a time; changes speed, not greedy results.
+            **options: Settings by name: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
+                ``min_p``, ``repetition_penalty``, ``seed``, ``stop_strings``, ``eos_token_id``, ``lossless``,
+                ``draft_tokens``, ... (:class:`rl_exit.generation.sampling.Settings`). Unset ones are those of
+                ``model.generation_config``, then transformers' own.
+
+        Returns:
+            For texts a list of :class:`rl_exit.generation.api.Generation` (one text: a list of one). For token ids
+            int64 [B, T + N], or with ``return_dict_in_generate=True`` a
+            :class:`~rl_exit.generation.api.GenerationOutput` with the exit layer of every token.
+
+        Raises:
+            UserError: Something other than texts or token ids, or a setting that is not accepted.
+        """
+        rule = api.the_rule(self, criterion, threshold)
+        if inputs is not None and not isinstance(inputs, Tensor):
+            texts = [inputs] if isinstance(inputs, str) else inputs
+            return api.generate_texts(self, texts, rule, generation_config, batch_size, options)
+        given = inputs if input_ids is None else input_ids
+        return api.generate_ids(self, given, attention_mask, rule, generation_config, streamer, options)
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        generation_config: GenerationConfig | None = None,
+        *,
+        criterion: Criterion | None = None,
+        threshold: float | None = None,
+        **options: Any,
+    ) -> Iterator[list[Event]]:
+        """As :meth:`generate` for texts, but each token when it is there: yields the events of each step.
+
+        Args:
+            prompts: Texts, generated together.
+            generation_config: See :meth:`generate`.
+            criterion: See :meth:`generate`.
+            threshold: See :meth:`generate`.
+            **options: See :meth:`generate`.
+        """
+        rule = api.the_rule(self, criterion, threshold)
+        return api.stream_texts(self, prompts, rule, generation_config, options)
+
+    def exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
+        """The policy's log-odds of Exit at one exit, [B]; what the exits answered is remembered in the carry."""
+        inputs: Inputs = self.config.policy_inputs
+        figures = None if inputs == "state" else answer_figures(view.layer, self.num_exits, view.logits, carry)
+        state = None if inputs == "answers" else view.state
+        return self.policy.at(view.layer, policy_input(inputs, state, figures))
 
     def forward(
         self,

@@ -25,13 +25,15 @@ from transformers.modeling_outputs import ModelOutput
 
 from rl_exit.criteria import Carry, ConsistentEE, Criterion, LayerView
 from rl_exit.errors import ModelError
-from rl_exit.inference import choose_criterion, run_batch, run_texts
+from rl_exit.inference import run_batch, run_texts
 from rl_exit.models import folder, pretrained
-from rl_exit.models.answer_pool import ANSWERS, Answer, AnswerPool
+from rl_exit.models.answer_heads import ANSWERS, Answer, AnswerHeads
 from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_input, input_size, policy_input
 from rl_exit.models.backbones import StepState, step_backbone
+from rl_exit.models.choices import chosen_rule
 from rl_exit.models.exits import ExitHeads, pool
 from rl_exit.models.policy import PolicyHeads
+from rl_exit.models.quick_policy import QuickPolicy
 
 POOLINGS = ("cls", "mean", "last")
 
@@ -46,12 +48,13 @@ class EarlyExitConfig(PretrainedConfig):
         policy_width: W, hidden width of the policy heads.
         policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"`` (:mod:`rl_exit.models.answers`).
         policy_shared: Whether the policy heads of all layers share their weights.
-        policy_answer: What the policy answers: ``"exit"`` or ``"pooled"`` (:mod:`rl_exit.models.answer_pool`).
+        policy_answer: What the policy answers: ``"exit"`` or ``"own"`` (:mod:`rl_exit.models.answer_heads`).
         dropout: On the state before an exit, in training.
         max_tokens: Tokens per text, longer are cut (``max_length`` is a word of text generation in transformers).
         threshold: Operating point: leave at the first ``pi > threshold``.
         metric: The task's metric.
         task: The task's name.
+        operating_points: By name, what ``rl-exit calibrate`` has chosen (:mod:`rl_exit.operating`).
         **kwargs: Common fields.
     """
 
@@ -73,6 +76,7 @@ class EarlyExitConfig(PretrainedConfig):
         threshold: float = 0.5,
         metric: str = "accuracy",
         task: str = "",
+        operating_points: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
@@ -87,6 +91,7 @@ class EarlyExitConfig(PretrainedConfig):
         self.threshold = threshold
         self.metric = metric
         self.task = task
+        self.operating_points = operating_points or {}
         super().__init__(**kwargs)
 
     def backbone_config(self) -> Any:
@@ -150,7 +155,7 @@ class EarlyExitModel(PreTrainedModel):
         backbone: The stepped backbone; ``backbone.model`` is the Hugging Face model.
         exits: Exit classifiers.
         policy: Exit policy.
-        answer_pool: What the policy answers when a row leaves; None: what the exit says.
+        answer_heads: What the policy answers when a row leaves; None: what the exit says.
         tokenizer: Its tokenizer (None on a model made from a configuration alone).
         num_layers: L.
     """
@@ -183,8 +188,10 @@ class EarlyExitModel(PreTrainedModel):
         )
         if config.policy_answer not in ANSWERS:
             raise ModelError(f"policy_answer '{config.policy_answer}' is unknown; accepted: {', '.join(ANSWERS)}")
-        self.answer_pool = AnswerPool(self.num_layers, config.num_labels) if config.policy_answer == "pooled" else None
+        own = config.policy_answer == "own"
+        self.answer_heads = AnswerHeads(self.num_layers, hidden, config.num_labels) if own else None
         self.tokenizer: Any = None
+        self._quick: QuickPolicy | None = None
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -224,7 +231,7 @@ class EarlyExitModel(PreTrainedModel):
             policy_width: Hidden width of the policy heads.
             policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"``.
             policy_shared: Whether the policy heads of all layers share their weights.
-            policy_answer: What the policy answers: ``"exit"`` or ``"pooled"``.
+            policy_answer: What the policy answers: ``"exit"`` or ``"own"``.
             dropout: On the state before an exit, in training.
             max_length: Tokens per text.
             seed: Decides the initial heads; torch's generator is left as it was.
@@ -300,7 +307,7 @@ class EarlyExitModel(PreTrainedModel):
 
     def view(self, layer: int, state: StepState) -> LayerView:
         """What a criterion sees after ``layer``: pooled state, exit logits and policy, computed when read."""
-        pool = self.answer_pool
+        heads = self.answer_heads
         view = LayerView(
             layer,
             self.num_layers,
@@ -309,7 +316,7 @@ class EarlyExitModel(PreTrainedModel):
             state=lambda: self._pooled(layer, state),
             logits=lambda: self.exits.at(layer, view.state),
             exit_logit=lambda carry: self._exit_logit(view, carry),
-            answer=None if pool is None else lambda carry: pool.at(layer, view.logits, carry),
+            answer=None if heads is None else lambda: heads.at(layer, view.state, view.logits),
         )
         return view
 
@@ -380,6 +387,8 @@ class EarlyExitModel(PreTrainedModel):
         batch_size: int = 32,
         threshold: float | None = None,
         criterion: Criterion | None = None,
+        operating_point: str | None = None,
+        speed: float | None = None,
         progress: bool = False,
     ) -> list[Prediction]:
         """Classify texts; each leaves at its own layer and the layers above are not computed for it.
@@ -390,6 +399,8 @@ class EarlyExitModel(PreTrainedModel):
             batch_size: Texts at a time; changes speed, not results.
             threshold: Of the policy, in place of ``config.threshold``.
             criterion: In place of the policy, e.g. ``rl_exit.criteria.criterion("max_probability", threshold=0.9)``.
+            operating_point: Name of a point that ``rl-exit calibrate`` has saved, in place of the threshold.
+            speed: Place on the dial that ``rl-exit dial`` has trained, 0 (full depth) to 1, in place of the threshold.
             progress: Show a bar on standard error.
 
         Returns:
@@ -398,7 +409,7 @@ class EarlyExitModel(PreTrainedModel):
         Raises:
             UserError: Something other than texts was given, or a value out of range.
         """
-        rule = choose_criterion(criterion, threshold, self.config.threshold)
+        rule = chosen_rule(self, threshold, criterion, operating_point, speed)
         out = run_texts(self, texts, text_pairs, rule, batch_size, progress)
         chosen = out.logits.argmax(-1)
         names = self.config.id2label
@@ -409,26 +420,79 @@ class EarlyExitModel(PreTrainedModel):
             )
         ]
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model with its tokenizer, card, learned criteria and dial.
+
+        Args:
+            repo_id: ``user/name``.
+            **options: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``, as in huggingface_hub.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ModelError: The hub cannot be reached or refuses.
+        """
+        return folder.push(self, repo_id, options)
+
+    def lighten(self) -> EarlyExitModel:
+        """Make the model ready for answering alone: backbone in bfloat16, exits and policy stay in float32.
+
+        Half the memory, and faster where the processor computes in bfloat16. Answers then differ from those in float32
+        by its rounding.
+
+        Returns:
+            The model itself.
+        """
+        self.backbone.to(torch.bfloat16)
+        return self
+
+    def compile_layers(self) -> EarlyExitModel:
+        """Compile each layer (``torch.compile``, one program for all batch sizes and lengths).
+
+        Needs a C++ compiler, and some ten seconds at the first texts.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ModelError: The layers of this backbone are not separate modules.
+        """
+        for layer in self.backbone.layer_modules():
+            layer.compile(dynamic=True)
+        return self
+
     def exit_logits(self, states: Tensor, logits: Tensor) -> Tensor:
         """The policy's log-odds of Exit at layers 1..L-1, [B, L-1], from states [B, L, H] and logits [B, L, C]."""
-        return self.policy(every_policy_input(self.config.policy_inputs, states, self.answers(logits)))
+        return self.policy(every_policy_input(self.config.policy_inputs, states, self.answers(states, logits)))
 
-    def answers(self, logits: Tensor) -> Tensor:
-        """What the policy answers at every layer, [B, L, C], from the exits' logits [B, L, C]."""
-        return logits if self.answer_pool is None else self.answer_pool(logits)
+    def answers(self, states: Tensor, logits: Tensor) -> Tensor:
+        """What the policy answers at every layer, [B, L, C], from states [B, L, H] and the exits' logits [B, L, C]."""
+        return logits if self.answer_heads is None else self.answer_heads(states, logits)
 
     def _exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
         """Log-odds of Exit of one layer, [B]; what the exits answered is remembered in the carry."""
         inputs = self.config.policy_inputs
-        # What the pool remembers must be kept up at every layer, whether the policy reads it or not.
-        if self.answer_pool is not None:
-            view.answer(carry)
-        figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.answer(carry), carry)
+        if inputs == "answers" and (quick := self._quick_policy(view.answer)) is not None:
+            return quick.at(view.layer, view.answer, carry)
+        figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.answer, carry)
         state = None if inputs == "answers" else view.state
         return self.policy.at(view.layer, policy_input(inputs, state, figures))
 
+    def _quick_policy(self, logits: Tensor) -> QuickPolicy | None:
+        """The policy on numpy, where nothing is to be differentiated and all is on the CPU in float32."""
+        weight = self.policy.weight_in
+        if torch.is_grad_enabled() or logits.device.type != "cpu" or weight.dtype != torch.float32:
+            return None
+        if self._quick is None or not self._quick.serves(self.policy):
+            self._quick = QuickPolicy(self.policy, self.config.num_labels) if weight.device.type == "cpu" else None
+        return self._quick
+
     def _pooled(self, layer: int, state: StepState) -> Tensor:
-        return pool(self.backbone.hidden(layer, state), state.attention_mask, self.config.pooling)
+        hidden, how = self.backbone.hidden(layer, state), self.config.pooling
+        if how == "mean" and not state.padded:
+            return hidden.mean(1)
+        return pool(hidden, state.attention_mask, how)
 
 
 def _weighted_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -77,7 +77,10 @@ class ExitHeads(nn.Module):
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"ExitHeads: layer {layer}; accepted: 1..{self.num_layers}")
-        return torch.addmm(self.bias[layer - 1], self.dropout(state.to(self.weight.dtype)), self.weight[layer - 1])
+        inputs = state.to(self.weight.dtype)
+        if self.training:
+            inputs = self.dropout(inputs)
+        return torch.addmm(self.bias[layer - 1], inputs, self.weight[layer - 1])
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, how: str) -> Tensor:

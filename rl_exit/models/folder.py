@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -142,6 +143,45 @@ def save(
             write(beside)
 
 
+def push(model: EarlyExitModel, repo_id: str, options: Mapping[str, Any]) -> str:
+    """Upload a model: what ``save_pretrained`` writes with its own card, its learned criteria and its dial.
+
+    Args:
+        model: The model.
+        repo_id: ``user/name`` on the hub.
+        options: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``, as of the hub's client.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        ModelError: The hub cannot be reached or refuses, or an unknown option.
+    """
+    from huggingface_hub import HfApi
+
+    known = ("private", "token", "revision", "commit_message", "create_pr")
+    if wrong := [key for key in options if key not in known]:
+        raise ModelError(f"push_to_hub: {', '.join(wrong)} unknown; accepted: {', '.join(known)}")
+    shared = {key: options[key] for key in ("token",) if key in options}
+    upload = {key: value for key, value in options.items() if key != "private"}
+    upload.setdefault("commit_message", "Upload early-exit model")
+    with tempfile.TemporaryDirectory(prefix="rl-exit-push-") as name:
+        folder = Path(name) / "model"
+        model.save_pretrained(folder)
+        source = Path(model.config.name_or_path or ".")
+        for extra in _EXTRAS:
+            if (source / extra).is_dir():
+                shutil.copytree(source / extra, folder / extra)
+            elif (source / extra).is_file():
+                shutil.copy2(source / extra, folder / extra)
+        api = HfApi()
+        try:
+            api.create_repo(repo_id, private=options.get("private"), exist_ok=True, **shared)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), **upload))
+        except (OSError, ValueError) as error:  # of the client: not reachable, no rights, no such name
+            raise ModelError(f"push_to_hub '{repo_id}': {error}") from None
+
+
 def _write_among_others(target: Path, write: Callable[[Path], None]) -> None:
     """Into a folder with foreign files (say a checkpoint of Trainer): all written first, then renamed one by one."""
     with telling_disk_errors(target), tempfile.TemporaryDirectory(prefix=".saving.", dir=target) as name:
@@ -177,6 +217,8 @@ def _check_weights(name: str, report: Any) -> None:
             )
 
 
+# What lies beside a model that belongs to it on any machine.
+_EXTRAS = ("criteria", "dial.json", "dial.safetensors", "training.yaml")
 # Arguments of from_pretrained that are not the caller's choice.
 _OURS = frozenset({"trust_remote_code", "use_safetensors", "ignore_mismatched_sizes"})
 _OWN_FILES = frozenset(

@@ -44,6 +44,7 @@ class Phase:
         exits: Which exit classifiers are trained: ``"all"``, ``"last"`` (L), ``"early"`` (1..L-1) or ``"none"``. The
             others keep their weights to the bit; a last exit that is kept answers without dropout.
         heads: Whether the objective's own heads are trained.
+        leaves: Of a decoder: whether tokens leave as the policy draws, so that later ones see what they present.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Phase:
     backbone: bool = True
     exits: Literal["all", "last", "early", "none"] = "all"
     heads: bool = False
+    leaves: bool = False
 
 
 @dataclass(frozen=True)

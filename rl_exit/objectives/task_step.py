@@ -78,4 +78,4 @@ def task_step(
         options: Reads distillation, temperature and anchor.
     """
     loss = TaskStepLoss(PolicyWeights(policy, draw), options.distillation, options.temperature, options.anchor)
-    return Objective((Phase("task", epochs, loss),))
+    return Objective((Phase("task", epochs, loss, leaves=True),))

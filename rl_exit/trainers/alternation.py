@@ -10,36 +10,42 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from rl_exit.config import OptimConfig, RunConfig
+from rl_exit.costs import read_costs, write_costs
 from rl_exit.data.instances import Instances
-from rl_exit.data.tasks import load_task, tokenise
+from rl_exit.data.tasks import load_task, task_kind, tokenise
 from rl_exit.envs.state_store import StateStore
-from rl_exit.errors import UserError
+from rl_exit.errors import ConfigError, UserError
 from rl_exit.evaluation import SplitResult, check_metric, choose_threshold
 from rl_exit.files import read_json, telling_disk_errors, write_json
 from rl_exit.models.early_exit import EarlyExitModel
+from rl_exit.profiling import FEWEST, profile
 from rl_exit.progress import Display, Progress
 from rl_exit.report import write_report
 from rl_exit.seeding import derive_seed
 from rl_exit.trainers.exit_training import ExitTraining, LoraSettings, objective_options, train_exits
 from rl_exit.trainers.finish import finish
+from rl_exit.trainers.hold_out import hold_out
 from rl_exit.trainers.initialised import take_initialised
 from rl_exit.trainers.policy_phase import PolicyPhaseSettings, PolicyProgress, train_policy
-from rl_exit.trainers.policy_store import fitted_pool, policy_store
-from rl_exit.trainers.rllib.registry import check_algorithm
+from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
+from rl_exit.trainers.rllib.registry import algorithm_class, check_algorithm
 from rl_exit.trainers.run_clock import outlook, policy_in_words
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
-from rl_exit.trainers.store_evaluation import evaluate_store
+from rl_exit.trainers.store_evaluation import answers_of, evaluate_store
 from rl_exit.trainers.store_phase import build_store
 from rl_exit.trainers.supervised import OptimSettings
+from rl_exit.trainers.token_finish import finish_generation
+from rl_exit.trainers.token_steps import CURVE_POINTS, measure_split, prepare_examples, train_on_blocks
+from rl_exit.trainers.token_store import tokens_of
 from rl_exit.trainers.tracking import check_tracking, tracked
 from rl_exit.trainers.workers import Workers
 
@@ -68,6 +74,8 @@ def train(
         UserError: Anything the user can mend, in one message.
     """
     check_algorithm(config.algorithm)
+    if "." in config.algorithm:  # a path that leads nowhere is told now, not after the initialisation
+        algorithm_class(config.algorithm)
     check_tracking(config)
     with RunDirectory.locked(config.run_dir), telling_disk_errors(config.run_dir):
         run = RunDirectory.create(config, resume=resume, overwrite=overwrite)
@@ -116,6 +124,9 @@ class _Alternation:
         self.workers = workers
         self.config = run.config
         self.display = display
+        self.writes = task_kind(run.config.task) == "generation"
+        if self.writes and run.config.reward.cost == "latency":
+            raise ConfigError("reward.cost = latency: for classifiers; a decoder that writes text is trained by layers")
 
     def initialise(self) -> None:
         """Do the steps before the first round."""
@@ -139,15 +150,29 @@ class _Alternation:
                 f"round {number}: dev {100 * outcome['score']:.2f} at mean exit layer {outcome['mean_exit_layer']:.2f} "
                 f"(full depth {100 * outcome['reference']:.2f})"
             )
+            self._retain(number, chosen["round"])
             if number == last or number - chosen["round"] >= self.config.alternation.patience:
                 break
             self.run.run_step(f"round-{number}-task", partial(self._task, number), "task", number)
             self.display.say(outlook(self.run.seconds(), self.config.alternation.rounds))
             model = folder / "trained"
-        self.run.run_step("final", lambda log: finish(self.run, self.display, chosen), "final")
-        self.run.run_step("report", lambda log: self._report(chosen["round"]), "report")
+        self.run.run_step("final", lambda log: self._finish(chosen), "final")
+        self.run.run_step("report", lambda log: self._report(chosen["round"], log), "report")
 
-    def _report(self, best: int) -> dict[str, Any]:
+    def _retain(self, number: int, best: int) -> None:
+        """Drop what earlier rounds leave and nothing reads any more: by far the most of a run's space."""
+        for earlier in range(1, number):
+            shutil.rmtree(self._round(earlier) / "trained", ignore_errors=True)
+            if self.config.keep_rounds != "all" and earlier != best:
+                shutil.rmtree(self._round(earlier) / "store-train", ignore_errors=True)
+                shutil.rmtree(self._round(earlier) / "store-dev", ignore_errors=True)
+
+    def _finish(self, best: dict[str, Any]) -> dict[str, Any]:
+        return (finish_generation if self.writes else finish)(self.run, self.display, best)
+
+    def _report(self, best: int, log: MetricLog) -> dict[str, Any]:
+        if not (self._round(best) / "store-train").is_dir():  # a later round had seemed better
+            self._store(best, self._round(best) / "model", log)
         self.run.gather_metrics()
         write_report(self.run.path)
         self._tidy(best)
@@ -158,6 +183,8 @@ class _Alternation:
 
     def _prepare_data(self, log: MetricLog) -> dict[str, Any]:
         c = self.config
+        if self.writes:
+            return prepare_examples(self.run, self.display)
         self.display.say(f"task {c.task.name}, backbone {c.model.backbone}")
         task = load_task(c.task, c.seed)
         check_metric(task.metric, len(task.label_names))
@@ -178,12 +205,12 @@ class _Alternation:
             instances = tokenise(texts, model.tokenizer, c.model.max_length)
             if split == "train" and c.policy.holdout:
                 fitted, held = hold_out(len(instances), c.policy.holdout, derive_seed(c.seed, "holdout"))
-                instances.take(held).save(self._instances("held"))
+                instances.take(held).save(self.run.instances("held"))
                 if c.policy.instances == "all":
-                    instances.save(self._instances("all"))
+                    instances.save(self.run.instances("all"))
                 sizes["held"] = len(held)
                 instances = instances.take(fitted)
-            instances.save(self._instances(split))
+            instances.save(self.run.instances(split))
             sizes[split] = len(instances)
         write_json(
             self.run.path / "data" / "task.json",
@@ -206,26 +233,29 @@ class _Alternation:
             return take_initialised(c.init.model, folder / "start", folder / "model")
         job = ExitTraining(
             model=str(folder / "start"),
-            instances=str(self._instances("train")),
+            instances=str(self.run.instances("train")),
             output=str(folder / "model"),
             checkpoint=str(folder / "checkpoint"),
             weights=c.init.objective,
             settings=optim_settings(c.init),
-            lora=LoraSettings(),
+            lora=LoraSettings(**c.init.lora.model_dump()),
             seed=derive_seed(c.seed, "init"),
             options=objective_options(c.init),
             visits=str(folder / "forgetting.arrow"),
+            exchange=self.run.exchange(),
         )
         return self._train_exits(job, "initialisation", log)
 
     def _store(self, number: int, model_path: Path, log: MetricLog) -> dict[str, Any]:
         c = self.config
+        if self.writes:  # token states are built and learnt in blocks, within the policy phase
+            return {"model": str(model_path.relative_to(self.run.path))}
         model = EarlyExitModel.from_pretrained(model_path)
         if c.store.use_gpu and not c.store.num_workers:
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         for split in ("train", "dev"):
             # What the policy learns on: instances that the exits were not fitted to, where some were kept for it.
-            source = self._instances(c.policy.instances if split == "train" and c.policy.holdout else split)
+            source = self.run.instances(c.policy.instances if split == "train" and c.policy.holdout else split)
             instances = Instances.open(source)
             title = f"round {number}: states of {split}"
             with self.display.step(title, len(instances)) as progress, self.workers.store() as crew:
@@ -245,14 +275,20 @@ class _Alternation:
 
     def _policy(self, number: int, model_path: Path, log: MetricLog) -> dict[str, Any]:
         c = self.config
-        model = EarlyExitModel.from_pretrained(model_path)
         settings = policy_settings(c, derive_seed(c.seed, "policy", number))
+        if self.writes:
+            return train_on_blocks(self.run, self.display, number, model_path, settings, log)
+        model = EarlyExitModel.from_pretrained(model_path)
+        if c.reward.cost == "latency":
+            settings = replace(settings, cost=self._measured_cost(number, model))
         kept = self._round(number) / "store-train"
-        if model.answer_pool is not None:
-            held = Instances.open(self._instances("held")).ids if c.policy.holdout else None
-            model.answer_pool = fitted_pool(StateStore.open(kept), held)
+        answers = None
+        if model.answer_heads is not None:
+            seed = derive_seed(c.seed, "answers", number)
+            fitted = fit_answers(StateStore.open(kept), seed, held_ids(self.run.path))
+            model.answer_heads, answers = fitted.heads, fitted.answers
         with (
-            policy_store(kept, c.policy.inputs, model.answer_pool) as store,
+            policy_store(kept, c.policy.inputs, answers) as store,
             self.display.step(f"round {number}: policy ({c.algorithm})", c.policy.epochs) as progress,
         ):
             self.workers.await_policy_room()
@@ -260,7 +296,7 @@ class _Alternation:
                 store,
                 {name: value.detach().clone() for name, value in model.policy.state_dict().items()},
                 settings,
-                _policy_reporter(progress, log),
+                _policy_reporter(progress, log, partial(self.run.keep, checkpoint=True)),
                 self._round(number) / "policy-checkpoint",
             )
         for warning in outcome.warnings:
@@ -268,22 +304,33 @@ class _Alternation:
         model.policy.load_state_dict(outcome.weights)
         model.save_pretrained(self._round(number) / "model")
         shutil.rmtree(self._round(number) / "policy-checkpoint", ignore_errors=True)
-        return {"warnings": list(outcome.warnings)}
+        own = {} if model.answer_heads is None else {"own_answers": list(fitted.better)}
+        return {"warnings": list(outcome.warnings), **own}
+
+    def _measured_cost(self, number: int, model: EarlyExitModel) -> tuple[float, ...]:
+        """Time of leaving at each layer, in layers; measured once in a round and kept, so that a resumed run agrees."""
+        folder = self._round(number)
+        costs = read_costs(folder)
+        if costs is None:
+            with self.display.step(f"round {number}: time of each layer", 1 + FEWEST) as progress:
+                costs = profile(model, [self.config.inference.batch_size], runs=FEWEST, progress=progress)
+            write_costs(folder, costs)
+        length = int(np.median(Instances.open(self.run.instances("dev")).lengths))
+        return tuple(float(value) for value in costs.in_layers(self.config.inference.batch_size, length))
 
     def _dev(self, number: int, log: MetricLog) -> dict[str, Any]:
         c = self.config
         folder = self._round(number)
         model = EarlyExitModel.from_pretrained(folder / "model")
-        metric = read_json(self.run.path / "data" / "task.json")["metric"]
-        store = StateStore.open(folder / "store-dev")
-
-        def at(threshold: float) -> SplitResult:
-            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs, model.answer_pool)
-
-        at_half = at(0.5)
-        reference = self._reference(number, at_half)
-        threshold = pick_threshold(c, at_half, reference)
-        result = at_half if threshold == 0.5 else at(threshold)
+        if self.writes:
+            instances = Instances.open(self.run.instances("dev"))
+            total = int(tokens_of(instances).sum()) * (CURVE_POINTS + 1)
+            with self.display.step(f"round {number}: tokens of dev", total) as progress:
+                result = measure_split(model, instances, c, self._reference(number, 0.0), progress)
+            reference, threshold = self._reference(number, result.full_depth_score), result.threshold
+        else:
+            result, reference = self._dev_from_store(number, model)
+            threshold = result.threshold
         log.log(
             number,
             number,
@@ -303,20 +350,36 @@ class _Alternation:
             "dev": result.to_dict(),
         }
 
-    def _reference(self, number: int, result: SplitResult) -> float:
+    def _dev_from_store(self, number: int, model: EarlyExitModel) -> tuple[SplitResult, float]:
+        """Result at the threshold, and what it is measured against."""
+        c = self.config
+        metric = read_json(self.run.path / "data" / "task.json")["metric"]
+        store = StateStore.open(self._round(number) / "store-dev")
+
+        answers = answers_of(store, model.answer_heads)
+
+        def at(threshold: float) -> SplitResult:
+            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs, answers)
+
+        at_half = at(0.5)
+        reference = self._reference(number, at_half.full_depth_score)
+        threshold = pick_threshold(c, at_half, reference)
+        return (at_half if threshold == 0.5 else at(threshold)), reference
+
+    def _reference(self, number: int, full_depth: float) -> float:
         """What early exit is measured against: full depth right after initialisation, or of these exits if better."""
         if number == 1:
-            return result.full_depth_score
+            return full_depth
         first = self.run.result("round-1-dev")
         assert first is not None  # rounds are done in order
-        return max(float(first["reference"]), result.full_depth_score)
+        return max(float(first["reference"]), full_depth)
 
     def _task(self, number: int, log: MetricLog) -> dict[str, Any]:
         c = self.config
         folder = self._round(number)
         job = ExitTraining(
             model=str(folder / "model"),
-            instances=str(self._instances("train")),
+            instances=str(self.run.instances("train")),
             output=str(folder / "trained"),
             checkpoint=str(folder / "checkpoint"),
             weights=c.task_step.draw,
@@ -324,6 +387,7 @@ class _Alternation:
             lora=LoraSettings(**c.task_step.lora.model_dump()),
             seed=derive_seed(c.seed, "task", number),
             options=objective_options(c.task_step),
+            exchange=self.run.exchange(),
         )
         return self._train_exits(job, f"round {number}: task step", log)
 
@@ -339,15 +403,13 @@ class _Alternation:
                 if done % max(1, total // 200) == 0 or done == total:
                     log.log(done, epoch, values)
                 last.update(values)
+                self.run.keep(checkpoint=True)
 
             with self.workers.train() as crew:
                 train_exits(job, on_update, use_gpu=c.task_step.use_gpu, crew=crew)
         shutil.rmtree(job.checkpoint, ignore_errors=True)
         shutil.rmtree(Path(job.checkpoint).parent / "train", ignore_errors=True)
         return {"loss": last.get("loss")}
-
-    def _instances(self, split: str) -> Path:
-        return (self.run.path / "data" / f"{split}.arrow").absolute()
 
     def _tidy(self, best: int) -> None:
         """Drop what a finished run no longer needs: models on the way, and state stores unless all are kept."""
@@ -394,25 +456,13 @@ def best_round(outcomes: Sequence[dict[str, Any]], config: RunConfig) -> dict[st
     return max((judged(outcome) for outcome in outcomes), key=lambda pair: pair[0])[1]
 
 
-def hold_out(count: int, share: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows to fit the exits to, and rows that are kept for the policy; each ascending, at least one of either.
-
-    Raises:
-        UserError: There are too few instances for both.
-    """
-    if count < 2:
-        raise UserError(f"{count} training instance; policy.holdout = {share:g} needs two or more, or set it to 0")
-    number = min(max(1, round(share * count)), count - 1)
-    order = np.random.default_rng(seed).permutation(count)
-    return np.sort(order[number:]), np.sort(order[:number])
-
-
 def policy_settings(config: RunConfig, seed: int) -> PolicyPhaseSettings:
     """The policy phase's plain values out of a configuration."""
     policy = config.policy.model_dump(exclude={"inputs", "answer", "holdout", "instances"})
     return PolicyPhaseSettings(
         algorithm=config.algorithm,
-        reward=config.reward.name,
+        # Of tokens whose store says "agrees" where others say "correct", it is the same reward.
+        reward="correctness" if config.reward.name == "agreement" else config.reward.name,
         alpha=config.reward.alpha,
         runner=config.sampling.runner,
         num_env_runners=config.sampling.num_env_runners,
@@ -434,9 +484,10 @@ def pick_threshold(config: RunConfig, dev: SplitResult, reference: float) -> flo
     return choose_threshold(dev.curve, reference, config.alternation.tolerance)
 
 
-def _policy_reporter(progress: Progress, log: MetricLog) -> Callable[[PolicyProgress], None]:
+def _policy_reporter(progress: Progress, log: MetricLog, keep: Callable[[], None]) -> Callable[[PolicyProgress], None]:
     def report(at: PolicyProgress) -> None:
         progress.update(at.epoch, policy_in_words(at.metrics))
         log.log(at.step, at.epoch, at.metrics)
+        keep()
 
     return report

@@ -35,9 +35,9 @@ from rl_exit.trainers.alternation import policy_settings
 from rl_exit.trainers.analyse_hardness import hardness
 from rl_exit.trainers.kept_logits import kept_logits
 from rl_exit.trainers.policy_phase import train_policy
-from rl_exit.trainers.policy_store import policy_store
-from rl_exit.trainers.run_directory import RunDirectory, versions
-from rl_exit.trainers.store_evaluation import evaluate_store, exit_logits_of
+from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
+from rl_exit.trainers.run_directory import RunDirectory, refuse_generation, versions
+from rl_exit.trainers.store_evaluation import answers_of, evaluate_store, exit_logits_of
 from rl_exit.trainers.store_phase import model_fingerprint
 
 REWARDS = ("vanilla", "hardness", "correctness")
@@ -61,6 +61,7 @@ def analyse(path: Path, display: Display, alphas: Sequence[float] | None = None)
         RunError: No finished run, or its state stores are gone.
     """
     run = RunDirectory.open(path)
+    refuse_generation(path, "analyse")
     if not (path / "results.json").is_file():
         raise RunError(f"{path}: this run is not finished; continue it with rl-exit train --resume")
     results = read_json(path / "results.json")
@@ -81,7 +82,7 @@ def analyse(path: Path, display: Display, alphas: Sequence[float] | None = None)
         "full_depth_score": results["initial_full_depth"]["dev"],
         "exits": _exits(path, display, dev, model, results["threshold"]),
         "hardness": hardness(path, display, train, dev, model, run.config.seed),
-        **_rewards(run.config, display, train, dev, model, results, alphas),
+        **_rewards(path, run.config, display, train, dev, model, results, alphas),
         "versions": versions(),
     }
     write_json(path / FOLDER / "analysis.json", tree)
@@ -114,9 +115,8 @@ def _store(path: Path, results: dict[str, Any], split: str) -> StateStore:
 
 def _exits(path: Path, display: Display, dev: StateStore, model: EarlyExitModel, threshold: float) -> dict[str, Any]:
     """Fig. 2: the exits of both objectives on dev, on the same groups of instances: those of the finished model."""
-    left = exit_layers(
-        exit_logits_of(dev, model.policy, model.config.policy_inputs, model.answer_pool), log_odds(threshold)
-    )
+    odds = exit_logits_of(dev, model.policy, model.config.policy_inputs, answers_of(dev, model.answer_heads))
+    left = exit_layers(odds, log_odds(threshold))
     before = _initial_logits(path, display, dev)
     labels = np.array(dev.labels)
     first = exit_figures(losses_of(before, labels), before.argmax(-1) == labels[:, None], left)
@@ -138,6 +138,7 @@ def _initial_logits(path: Path, display: Display, dev: StateStore) -> npt.NDArra
 
 
 def _rewards(
+    path: Path,
     config: RunConfig,
     display: Display,
     train: StateStore,
@@ -154,16 +155,20 @@ def _rewards(
     rewards: dict[str, Any] = {}
     total = sum(len(values) for values in alphas.values())
     inputs = model.config.policy_inputs
-    pool = model.answer_pool
+    # Of new heads on the same instances: the model's own know these.
+    fitted = None
+    if model.answer_heads is not None:
+        fitted = fit_answers(train, derive_seed(config.seed, "answers", "analysis"), held_ids(path))
+    own = None if fitted is None else answers_of(dev, fitted.heads)
     with (
-        policy_store(train.path, inputs, pool) as store,
+        policy_store(train.path, inputs, None if fitted is None else fitted.answers) as store,
         display.step(f"{total} policies on the kept store", total) as bar,
     ):
         for reward, values in alphas.items():
             points = []
             for alpha in values:
                 heads = _trained(config, store, model.policy, reward, alpha)
-                found = evaluate_store(dev, heads, results["metric"], PAPER_THRESHOLD, inputs, pool)
+                found = evaluate_store(dev, heads, results["metric"], PAPER_THRESHOLD, inputs, own)
                 rows.append(policy_row(reward, alpha, found))
                 points += points_of(found, alpha)
                 bar.update(len(rows), f"{reward}, alpha {alpha:g}: exit {found.mean_exit_layer:.2f}")

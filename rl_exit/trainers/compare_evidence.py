@@ -166,11 +166,11 @@ class _Exits:
                 if word == CONSISTENTEE:
                     assert self.policy_folder is not None  # usable words only
                     model = self._model(self.policy_folder)
-                    pool = model.answer_pool
-                    odds = exit_logits_of(store, model.policy, model.config.policy_inputs, pool)
+                    answers = answers_of(store, model.answer_heads)
+                    odds = exit_logits_of(store, model.policy, model.config.policy_inputs, answers)
                     asked = replace(stored, exit_logits=odds)
-                    if pool is not None:
-                        kept[f"answers.{word}"] = answers_of(store, pool).argmax(-1).astype(np.int64)
+                    if answers is not None:
+                        kept[f"answers.{word}"] = answers.argmax(-1).astype(np.int64)
                 kept[f"score.{word}"] = scores_from_store(self._criterion(word), asked)
         with atomic_file(path) as beside:
             save_file({name: np.ascontiguousarray(array) for name, array in kept.items()}, beside)

@@ -12,7 +12,7 @@ from typing import Any
 from rl_exit.config import describe_keys
 from rl_exit.errors import RunError, UserError
 from rl_exit.files import read_json
-from rl_exit.trainers.run_directory import FREE_KEYS, RunDirectory
+from rl_exit.trainers.run_directory import FREE_KEYS, RunDirectory, refuse_generation
 
 # Where the data or the initialised model lie, and how much is done at a time, says nothing about the recipe.
 _IGNORED = {
@@ -77,6 +77,7 @@ def open_runs(paths: Sequence[Path]) -> tuple[list[RunGroup], TaskFacts]:
 
 def _open(path: Path) -> RunDirectory:
     run = RunDirectory.open(path)
+    refuse_generation(path, "compare")
     if not (path / "results.json").is_file():
         raise RunError(f"{path}: no results.json; the run has not finished (continue it with rl-exit train --resume)")
     return run

@@ -6,7 +6,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from rl_exit.config import OptimConfig
 from rl_exit.criteria.heads import learned_head
 from rl_exit.criteria.learned import write_learned
 from rl_exit.data.instances import Instances
-from rl_exit.errors import UserError
+from rl_exit.errors import ConfigError, UserError
+from rl_exit.models.causal import EarlyExitCausalModel
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.lora import add_lora, merge_lora
 from rl_exit.objectives import DRAWS, Objective, ObjectiveOptions, Shape, objective, task_step
 from rl_exit.seeding import derive_seed
+from rl_exit.trainers.staging import at_hand, collect
 from rl_exit.trainers.supervised import OnUpdate, OptimSettings, Rank, fit
 from rl_exit.trainers.train_crew import TrainCrew
 
@@ -53,6 +55,8 @@ class ExitTraining:
         options: Settings of the objective.
         visits: File for the answers of the last exit during training, from which forgetting events are counted; None:
             not kept.
+        exchange: Fields of :class:`~rl_exit.trainers.staging.Exchange`, for workers that do not see these paths; None:
+            all must see them.
     """
 
     model: str
@@ -65,6 +69,7 @@ class ExitTraining:
     seed: int
     options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     visits: str | None = None
+    exchange: Mapping[str, str] | None = None
 
 
 def objective_options(section: OptimConfig) -> ObjectiveOptions:
@@ -94,6 +99,8 @@ def train_exits(
     workers = crew or train_crew(num_workers, use_gpu, Path(job.checkpoint).parent / "train")
     try:
         workers.do(asdict(job) | absolute_paths(job), on_update)
+        paths: dict[str, Any] = dict(absolute_paths(job))
+        collect(replace(job, **paths))
     finally:
         if crew is None:
             workers.stop()
@@ -150,7 +157,8 @@ def _train_as_rank(payload: dict[str, Any], report: OnUpdate, index: int, world:
     def wrap(module: nn.Module) -> nn.Module:
         return ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"find_unused_parameters": True})
 
-    _train(_from_payload(payload), report, Rank(index, world), wrap, ray.train.torch.get_device())
+    with at_hand(_from_payload(payload), report, is_first=index == 0) as (job, tell):
+        _train(job, tell, Rank(index, world), wrap, ray.train.torch.get_device())
 
 
 def _train(
@@ -160,7 +168,7 @@ def _train(
     wrap: Callable[[nn.Module], nn.Module],
     device: torch.device | None,
 ) -> None:
-    model = EarlyExitModel.from_pretrained(job.model)
+    model: Any = EarlyExitModel.from_pretrained(job.model)
     instances = Instances.open(Path(job.instances))
     model.requires_grad_(True)
     model.policy.requires_grad_(False)
@@ -180,9 +188,12 @@ def _train(
         _save_heads(job, model, chosen)
 
 
-def _objective(job: ExitTraining, model: EarlyExitModel) -> Objective:
+def _objective(job: ExitTraining, model: Any) -> Objective:
     """The job's objective for this model; its heads derive from the job's seed."""
+    decoder = isinstance(model, EarlyExitCausalModel)
     if job.weights in DRAWS:
+        if decoder:
+            return task_step(lambda states, _: model.exit_logits(states), job.weights, job.settings.epochs, job.options)
 
         def policy(states: Tensor, logits: Tensor) -> Tensor:
             # In training the exits' answers come with dropout; the policy reads them as it will when the model is used.
@@ -194,13 +205,22 @@ def _objective(job: ExitTraining, model: EarlyExitModel) -> Objective:
                 model.exits.dropout.train(training)
 
         return task_step(policy, job.weights, job.settings.epochs, job.options)
-    shape = Shape(model.num_layers, model.exits.hidden_size, model.exits.num_classes)
+    if decoder:
+        shape = Shape(model.num_exits, model.backbone.hidden_size, model.head_weight.shape[0])
+    else:
+        shape = Shape(model.num_layers, model.exits.hidden_size, model.exits.num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(job.seed, "heads"))
-        return objective(job.weights, shape, job.settings.epochs, job.options)
+        chosen = objective(job.weights, shape, job.settings.epochs, job.options)
+    if decoder and (chosen.heads or any(phase.exits != "all" for phase in chosen.phases)):
+        raise ConfigError(
+            f"init.objective = '{job.weights}' trains exits in turn, and those of a decoder share one head; "
+            "accepted: weighted, uniform, distilled"
+        )
+    return chosen
 
 
-def _save_heads(job: ExitTraining, model: EarlyExitModel, chosen: Objective) -> None:
+def _save_heads(job: ExitTraining, model: Any, chosen: Objective) -> None:
     """Write the heads that were trained along as criteria beside the model."""
     notes: dict[str, object] = {"objective": job.weights, "epochs": chosen.epochs, "seed": job.seed}
     for word, head in chosen.heads.items():

@@ -84,7 +84,7 @@ def finish(run: RunDirectory, display: Display, best: dict[str, Any]) -> dict[st
 
 def _all_exits(model: EarlyExitModel, instances: Instances, metric: str) -> SplitResult:
     """Scores and losses of every exit, without leaving early."""
-    logits, exit_logits = every_exit(model, instances)
+    logits, exit_logits, _ = every_exit(model, instances)
     return evaluate(instances.labels, logits, losses_of(logits, instances.labels), exit_logits, metric, 1.0)
 
 

@@ -44,7 +44,7 @@ def kept_logits(
         except SafetensorError:
             pass  # damaged: computed again
     with display.step(title, len(instances)) as progress:
-        logits, _ = every_exit(model.eval(), instances, progress)
+        logits, _, _ = every_exit(model.eval(), instances, progress)
     with atomic_file(file) as beside:
         save_file({"logits": logits}, str(beside), metadata=origin)
     return logits

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_exit.models.causal import EarlyExitCausalModel
 from rl_exit.objectives import Phase
+from rl_exit.trainers.token_instances import token_instances
 
 
 class PhaseModule(nn.Module):
@@ -27,6 +29,7 @@ class PhaseModule(nn.Module):
         self.model = model
         self.heads = heads
         self._loss = phase.loss
+        self._leaves = phase.leaves
         self._last_is_kept = phase.exits in ("early", "none")
 
     def forward(self, batch: Mapping[str, Tensor] | Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,10 +37,14 @@ class PhaseModule(nn.Module):
 
         Args:
             batch: What the model takes, or states [B, L, H] of a frozen backbone.
-            labels: [B].
+            labels: [B]; of a decoder's examples, how many tokens are the prompt's.
             step: Updates done in the phase.
         """
-        if isinstance(batch, Tensor):
+        row: Tensor | None = None
+        rows = len(labels)
+        if isinstance(self.model, EarlyExitCausalModel) and not isinstance(batch, Tensor):
+            states, logits, labels, row = token_instances(self.model, batch, labels, self._leaves)
+        elif isinstance(batch, Tensor):
             states, logits = batch, self.model.exits(batch).float()  # type: ignore[operator]
         else:
             states, logits = self.model.all_exits(**batch)  # type: ignore[operator]
@@ -49,7 +56,11 @@ class PhaseModule(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             loss = self._loss(states, logits, labels, step)
         last = logits[:, -1].detach()
-        return loss, F.cross_entropy(last, labels), last.argmax(-1) == labels
+        right = last.argmax(-1) == labels
+        if row is not None:  # a response is right where all its tokens are
+            wrong = torch.zeros(rows, device=row.device).index_add_(0, row, (~right).float())
+            right = wrong == 0
+        return loss, F.cross_entropy(last, labels), right
 
 
 @contextmanager

@@ -54,6 +54,7 @@ class PolicyPhaseSettings:
     shared: bool = False
     reward: str = "hardness"
     alpha: float = 0.05
+    cost: tuple[float, ...] | None = None
     runner: Literal["columnar", "rllib"] = "columnar"
     num_env_runners: int = 0
     envs_per_runner: int = 64
@@ -233,6 +234,7 @@ def build_algorithm(store_path: str | Path, settings: PolicyPhaseSettings) -> An
         shared=settings.shared,
         reward=settings.reward,
         alpha=settings.alpha,
+        cost=settings.cost,
         sampling_seed=settings.seed,
         transport=settings.transport,
         overlap=settings.overlap,

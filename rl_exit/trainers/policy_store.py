@@ -16,66 +16,90 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rl_exit.data.instances import Instances
 from rl_exit.envs.state_store import StateStore, StateStoreWriter
 from rl_exit.measurement import losses_of
-from rl_exit.models.answer_pool import AnswerPool, fit_answer_pool
+from rl_exit.models.answer_heads import FittedAnswers, fit_answer_heads
 from rl_exit.models.answers import Inputs, all_answer_figures, input_size, policy_input
+
+Answers = npt.NDArray[np.float32]
 
 BLOCK = 4096
 
 
 def stored_policy_input(
-    store: StateStore, inputs: Inputs, rows: npt.NDArray[np.int64], pool: AnswerPool | None = None
+    store: StateStore, inputs: Inputs, rows: npt.NDArray[np.int64], answers: Answers | None = None
 ) -> Tensor:
-    """What the policy reads of some instances, [n, L, D], from what the store holds of them; ``pool``: of the model."""
+    """What the policy reads of some instances, [n, L, D], from what the store holds of them.
+
+    Args:
+        store: States and logits.
+        inputs: What the policy reads.
+        rows: [n].
+        answers: [N, L, C], what the policy answers on every instance of the store; None: what the exits say.
+    """
     states = None if inputs == "answers" else torch.from_numpy(store.states(rows))
-    figures = None if inputs == "state" else all_answer_figures(stored_answers(store, rows, pool))
+    said = store.records(rows).logits if answers is None else answers[rows]
+    figures = None if inputs == "state" else all_answer_figures(torch.from_numpy(said))
     return policy_input(inputs, states, figures)
 
 
-def stored_answers(store: StateStore, rows: npt.NDArray[np.int64], pool: AnswerPool | None) -> Tensor:
-    """What the policy answers at every layer, logits [n, L, C]; ``pool`` None: what the exits say."""
-    logits = torch.from_numpy(store.records(rows).logits)
-    return logits if pool is None else pool(logits)
+def held_ids(run: Path) -> npt.NDArray[np.int64] | None:
+    """Ids of the instances that a run has kept from its exits; None where it has kept none."""
+    path = run / "data" / "held.arrow"
+    return Instances.open(path).ids if path.is_file() else None
 
 
-def fitted_pool(store: StateStore, ids: npt.NDArray[np.int64] | None) -> AnswerPool:
-    """The weights of a model's answers.
+def fit_answers(store: StateStore, seed: int, ids: npt.NDArray[np.int64] | None = None) -> FittedAnswers:
+    """Answer heads on the instances of a store (:func:`rl_exit.models.answer_heads.fit_answer_heads`).
 
     Args:
-        store: What the policy learns on.
-        ids: Those of its instances that the exits were not fitted to; None: all.
+        store: What the policy learns on, N instances.
+        seed: Of the fit.
+        ids: Those of them that the exits were not fitted to, if not all (:func:`held_ids`): heads are fitted to these.
+
+    Returns:
+        Answers for all N: none from heads that were fitted to the instance.
     """
-    every = np.arange(store.num_instances)
+    every, logits, labels = np.arange(store.num_instances), np.array(store.logits), np.array(store.labels)
     rows = every if ids is None else every[np.isin(store.ids, ids)]
-    records = store.records(rows)
-    return fit_answer_pool(torch.from_numpy(records.logits), torch.from_numpy(np.array(records.labels)))
+    fitted = fit_answer_heads(
+        lambda some: store.states(rows[some]), logits[rows], labels[rows], store.hidden_size, seed
+    )
+    answers = np.empty_like(fitted.answers, shape=logits.shape)
+    answers[rows] = fitted.answers
+    others = np.setdiff1d(every, rows)
+    with torch.inference_mode():
+        for start in range(0, len(others), BLOCK):
+            some = others[start : start + BLOCK]
+            answers[some] = fitted.heads(torch.from_numpy(store.states(some)), torch.from_numpy(logits[some])).numpy()
+    return fitted._replace(answers=answers)
 
 
 @contextmanager
-def policy_store(path: Path, inputs: Inputs, pool: AnswerPool | None = None) -> Iterator[Path]:
+def policy_store(path: Path, inputs: Inputs, answers: Answers | None = None) -> Iterator[Path]:
     """Path of the store for the policy phase, for the time of the phase.
 
     Args:
-        path: Folder of the state store; with ``inputs`` "state" and no pool it is the answer.
+        path: Folder of the state store; with ``inputs`` "state" and no answers it is what comes back.
         inputs: What the policy reads.
-        pool: What the policy answers, by which it is rewarded; None: what the exits say.
+        answers: [N, L, C], what the policy answers, by which it is rewarded; None: what the exits say.
 
     Raises:
         UserError: No such store, no space on the device.
     """
-    if inputs == "state" and pool is None:
+    if inputs == "state" and answers is None:
         yield path
         return
     derived = path.with_name(f"{path.name}-{inputs}")
     try:
-        derive(StateStore.open(path), inputs, derived, pool)
+        derive(StateStore.open(path), inputs, derived, answers)
         yield derived
     finally:
         shutil.rmtree(derived, ignore_errors=True)
 
 
-def derive(store: StateStore, inputs: Inputs, path: Path, pool: AnswerPool | None = None) -> StateStore:
+def derive(store: StateStore, inputs: Inputs, path: Path, answers: Answers | None = None) -> StateStore:
     """Write the store of the policy's input; labels are those of the state store, losses those of what it answers."""
     layout = store.layout
     with StateStoreWriter(
@@ -91,10 +115,10 @@ def derive(store: StateStore, inputs: Inputs, path: Path, pool: AnswerPool | Non
         for start in range(0, store.num_instances, BLOCK):
             rows = np.arange(start, min(start + BLOCK, store.num_instances))
             records = store.records(rows)
-            given = stored_policy_input(store, inputs, rows, pool).numpy()
+            given = stored_policy_input(store, inputs, rows, answers).numpy()
             said = records.losses, records.correct, records.logits
-            if pool is not None:
-                answers = pool(torch.from_numpy(records.logits)).numpy()
-                said = losses_of(answers, records.labels), answers.argmax(-1) == records.labels[:, None], answers
+            if answers is not None:
+                own = answers[rows]
+                said = losses_of(own, records.labels), own.argmax(-1) == records.labels[:, None], own
             writer.append(records.ids, records.labels, given, *said)
     return StateStore.open(path)

@@ -29,8 +29,11 @@ from typing import Any
 from rl_exit.config import RunConfig, dump_config, load_config
 from rl_exit.errors import RunError, StorageError, UserError
 from rl_exit.files import atomic_file, read_json, telling_disk_errors, write_json, write_text
+from rl_exit.trainers.mirror import Mirror, mirror_of
 from rl_exit.trainers.storage_watch import StorageWatch
 
+KEEP_SECONDS = 60.0  # between two uploads of checkpoints, and at least so many times what an upload takes:
+KEEP_SHARE = 20.0
 VERSIONED = ("rl-exit", "torch", "transformers", "ray", "gymnasium", "datasets", "pyarrow", "numpy", "peft")
 STORAGE_ATTEMPTS = 6  # at a step during which the storage was away
 # Keys that may differ between the first start and a resumption, since they do not change the result.
@@ -38,6 +41,7 @@ FREE_KEYS = frozenset(
     {
         "output_dir",
         "name",
+        "storage_path",
         "cluster",
         "sampling.num_env_runners",
         "sampling.transport",
@@ -108,9 +112,11 @@ class MetricLog:
 class RunDirectory:
     """One run on disk."""
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
+    def __init__(self, path: Path, config: RunConfig, mirror: Mirror | None = None) -> None:
         self.path = path
         self.config = config
+        self.mirror = mirror
+        self._kept, self._keeping = time.monotonic(), 0.0
         self.loggers: list[Logger] = []  # who else is told every logged row
 
     @classmethod
@@ -126,7 +132,7 @@ class RunDirectory:
             RunError: The directory exists and neither was asked for, is no run, or was made from another configuration.
         """
         path = config.run_dir
-        run = cls(path, config)
+        run = cls(path, config, _opened_mirror(config, resume=resume, overwrite=overwrite))
         if path.exists() or path.is_symlink():
             # A file config.yaml alone makes no run: many a project has one.
             is_run = all((path / name).exists() for name in ("config.yaml", "steps"))
@@ -134,6 +140,7 @@ class RunDirectory:
                 raise RunError(f"{path}: exists and is no run directory; choose another name=... or output_dir=...")
             if is_run and resume and not overwrite:
                 run._check_same()
+                run.keep()
                 return run
             if overwrite or run._is_empty():
                 shutil.rmtree(path)
@@ -235,7 +242,36 @@ class RunDirectory:
             self.path / "steps" / f"{step}.json",
             {"step": step, "phase": phase, "seconds": time.monotonic() - started, "results": results},
         )
+        self.keep()
         return results
+
+    def exchange(self) -> dict[str, str] | None:
+        """Where workers find and leave files that do not see this directory (:mod:`rl_exit.trainers.staging`)."""
+        if self.mirror is None:
+            return None
+        return {"root": str(self.path.absolute()), "url": self.mirror.storage.url}
+
+    def keep(self, checkpoint: bool = False) -> None:
+        """Bring the run's storage up to date, where it has one.
+
+        Args:
+            checkpoint: Inside a step, for the sake of a checkpoint: only if the last time was some while ago.
+
+        Raises:
+            UserError: The storage stays away.
+        """
+        if self.mirror is None:
+            return
+        now = time.monotonic()
+        if checkpoint and now - self._kept < max(KEEP_SECONDS, KEEP_SHARE * self._keeping):
+            return
+        self.mirror.push()
+        self._kept = time.monotonic()
+        self._keeping = self._kept - now
+
+    def instances(self, split: str) -> Path:
+        """File of the tokenised instances of a split."""
+        return (self.path / "data" / f"{split}.arrow").absolute()
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every finished step in the order they were done."""
@@ -271,6 +307,41 @@ class RunDirectory:
         changed = changed_keys(RunDirectory.open(self.path).config, self.config)
         if changed:
             raise RunError(f"{self.path}: cannot be resumed with another configuration: {changed}")
+
+
+def _opened_mirror(config: RunConfig, *, resume: bool, overwrite: bool) -> Mirror | None:
+    """The copy of the run in its storage, taken back first where the run is to go on."""
+    mirror = mirror_of(config.run_dir, config.storage_path, config.run_name)
+    if mirror is None:
+        return None
+    if mirror.is_there():
+        if not (resume or overwrite):
+            raise RunError(
+                f"{mirror.storage.url}: a run is already there; go on with it (--resume), replace it (--overwrite) "
+                "or give the new one another name=..."
+            )
+        mirror.open()
+        if overwrite:
+            mirror.discard()
+        else:
+            mirror.pull()
+    else:
+        mirror.open()
+    return mirror
+
+
+def refuse_generation(path: Path, command: str) -> None:
+    """Refuse a decoder's run where a command is about labels.
+
+    Raises:
+        RunError: The run is one; where its comparison is found instead.
+    """
+    facts = path / "data" / "task.json"
+    if facts.is_file() and read_json(facts).get("kind") == "generation":
+        raise RunError(
+            f"{path}: 'rl-exit {command}' compares answers with labels, and this run's decoder writes text; its rules "
+            "stand side by side in report/index.html and evaluation.json"
+        )
 
 
 def changed_keys(there: RunConfig, here: RunConfig) -> str:

@@ -7,33 +7,35 @@ import torch
 
 from rl_exit.envs.state_store import StateStore
 from rl_exit.evaluation import SplitResult, evaluate
-from rl_exit.models.answer_pool import AnswerPool
+from rl_exit.models.answer_heads import AnswerHeads
 from rl_exit.models.answers import Inputs
 from rl_exit.models.policy import PolicyHeads
-from rl_exit.trainers.policy_store import stored_answers, stored_policy_input
+from rl_exit.trainers.policy_store import Answers, stored_policy_input
 
 BLOCK = 4096
 
 
 def exit_logits_of(
-    store: StateStore, policy: PolicyHeads, inputs: Inputs = "state", pool: AnswerPool | None = None
+    store: StateStore, policy: PolicyHeads, inputs: Inputs = "state", answers: Answers | None = None
 ) -> np.ndarray:
-    """Log-odds of Exit of every instance: [N, L-1]; ``inputs`` is what the policy reads, ``pool`` what it answers."""
+    """Log-odds of Exit of every instance: [N, L-1]; ``inputs`` is what the policy reads, ``answers`` its own."""
     blocks = []
     with torch.inference_mode():
         for start in range(0, store.num_instances, BLOCK):
             rows = np.arange(start, min(start + BLOCK, store.num_instances))
-            blocks.append(policy(stored_policy_input(store, inputs, rows, pool)).float().numpy())
+            blocks.append(policy(stored_policy_input(store, inputs, rows, answers)).float().numpy())
     return np.concatenate(blocks)
 
 
-def answers_of(store: StateStore, pool: AnswerPool | None) -> np.ndarray:
-    """What the policy answers at every layer: logits [N, L, C]."""
-    if pool is None:
-        return np.asarray(store.logits)
+def answers_of(store: StateStore, heads: AnswerHeads | None) -> Answers | None:
+    """What the policy answers at every layer, logits [N, L, C]; None where it says what the exits say."""
+    if heads is None:
+        return None
     every = np.arange(store.num_instances)
-    blocks = [every[start : start + BLOCK] for start in range(0, store.num_instances, BLOCK)]
-    return np.concatenate([stored_answers(store, rows, pool).numpy() for rows in blocks])
+    parts = [every[start : start + BLOCK] for start in range(0, store.num_instances, BLOCK)]
+    with torch.inference_mode():
+        found = [heads(*map(torch.from_numpy, (store.states(rows), store.records(rows).logits))) for rows in parts]
+    return np.concatenate([part.numpy() for part in found])
 
 
 def evaluate_store(
@@ -42,15 +44,15 @@ def evaluate_store(
     metric: str,
     threshold: float,
     inputs: Inputs = "state",
-    pool: AnswerPool | None = None,
+    answers: Answers | None = None,
 ) -> SplitResult:
-    """Scores, curve and histograms of a policy on a split; ``inputs`` is what it reads, ``pool`` what it answers."""
+    """Scores, curve and histograms of a policy on a split; ``inputs`` is what it reads, ``answers`` its own."""
     return evaluate(
         labels=store.labels,
         logits=store.logits,
         losses=store.losses,
-        exit_logits=exit_logits_of(store, policy, inputs, pool),
+        exit_logits=exit_logits_of(store, policy, inputs, answers),
         metric=metric,
         threshold=threshold,
-        answers=None if pool is None else answers_of(store, pool),
+        answers=answers,
     )

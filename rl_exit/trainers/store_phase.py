@@ -199,7 +199,7 @@ def model_fingerprint(model: EarlyExitModel) -> str:
     """First 16 hex digits of the SHA-256 of all weights that states and logits depend on (not the policy's)."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        if not name.startswith(("policy.", "answer_pool.")):
+        if not name.startswith(("policy.", "answer_heads.")):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -28,13 +28,14 @@ from rl_exit.trainers.run_directory import RunDirectory, changed_keys, flat
 
 SHORT_KEYS = {"alpha": "reward.alpha"}
 # Keys of the sweep itself, not of its trials.
-OWN_KEYS = ("name", "output_dir", "cluster", "init.model")
+OWN_KEYS = ("name", "output_dir", "storage_path", "cluster", "init.model")
 INIT_FOLDER = ".init"
 LONGEST_NAME = 120
 
 # What the initialised model does not depend on, by section or key; whatever is not named here, it may depend on.
 _LATER = (
-    *("reward", "policy", "sampling", "learners", "store", "task_step", "alternation", "inference"),
+    *("reward", "policy", "sampling", "learners", "store", "task_step", "placement", "alternation", "inference"),
+    *("generation", "storage_path", "tracking"),
     *("recipe", "algorithm", "name", "output_dir", "cluster", "keep_rounds", "init.model", "model.policy_width"),
 )
 # Of those, the ones that it does depend on after all.
@@ -228,7 +229,8 @@ def check_resumable(plan: SweepPlan) -> None:
 
 def _trial(config: RunConfig, folder: Path, settings: dict[str, Any], name: str, start: Initialisation | None) -> Trial:
     init = config.init if start is None else config.init.model_copy(update={"model": str(start.model)})
-    own = config.model_copy(update={"name": name, "output_dir": str(folder), "init": init})
+    place = config.storage_path and f"{config.storage_path.rstrip('/')}/{folder.name}"
+    own = config.model_copy(update={"name": name, "output_dir": str(folder), "storage_path": place, "init": init})
     return Trial(name, settings, own, start)
 
 

@@ -148,13 +148,13 @@ def test_calm_softmax(layers, threshold, decay, expected):
 def test_calm_scores_are_the_largest_lambda():
     confidence = torch.tensor([-1.0, 0.05, 0.1, 0.4, 0.55, 0.999999, 1.0, 1.1])
     for layer in (1, 2, 5):
-        score = largest_lambda(confidence, layer, 6, 4.0)
+        score = largest_lambda(confidence, (layer - 1) / 6, 4.0)
         for value, best in zip(confidence.tolist(), score.tolist(), strict=True):
-            steps = [k / 1000 for k in range(1001) if value >= decayed_threshold(k / 1000, layer, 6, 4.0) - 1e-7]
+            steps = [k / 1000 for k in range(1001) if value >= decayed_threshold(k / 1000, (layer - 1) / 6, 4.0) - 1e-7]
             assert best == (pytest.approx(max(steps), abs=1.001e-3) if steps else -math.inf)
-    assert decayed_threshold(0.5, 1, 6, 4.0) == pytest.approx(0.55), "and a confidence of .55 gives back .5"
-    assert largest_lambda(torch.tensor([0.55]), 1, 6, 4.0).item() == 0.5
-    assert decayed_threshold(1.2, 1, 6, 4.0) == 1.0 and decayed_threshold(-1.0, 1, 6, 4.0) == 0.0
+    assert decayed_threshold(0.5, 0.0, 4.0) == pytest.approx(0.55), "and a confidence of .55 gives back .5"
+    assert largest_lambda(torch.tensor([0.55]), 0.0, 4.0).item() == 0.5
+    assert decayed_threshold(1.2, 0.0, 4.0) == 1.0 and decayed_threshold(-1.0, 0.0, 4.0) == 0.0
 
 
 def test_calm_saturation():

@@ -153,6 +153,18 @@ def test_broken_files_are_named_without_noise(tmp_path: Path, name: str, capfd: 
     assert capfd.readouterr() == ("", "")
 
 
+def test_strings_that_are_not_utf8_are_named_with_their_row(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes('{"text":"a","label":"x"}\n{"text":"ä","label":"y"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin.jsonl, column 'text': not UTF-8 text in row 1"):
+        read(tmp_path / "latin.jsonl")
+    labels = pa.array([b"x", None, b"\xff"], pa.binary()).view(pa.string())
+    parquet(tmp_path / "labels.parquet", pa.table({"text": ["a", "b", "c"], "label": labels}))
+    with pytest.raises(DataError, match=r"labels.parquet, column 'label': not UTF-8 text in row 2"):
+        read(tmp_path / "labels.parquet")
+    (tmp_path / "utf8.jsonl").write_text('{"text":"ä","label":"x"}\n', encoding="utf-8")
+    assert read(tmp_path / "utf8.jsonl").table["text"].to_pylist() == ["ä"]
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "null.jsonl", "none.json", "a.parquet", "blank.csv"])
 def test_files_without_rows(tmp_path: Path, name: str) -> None:
     content = {"a.csv": "text,label\n", "a.tsv": "text\tlabel\n\n", "a.jsonl": "\n", "blank.csv": ""}
@@ -234,7 +246,7 @@ def test_no_network_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     with pytest.raises(DataError, match=r"the hub cannot be reached from here.*task\.path=FOLDER"):
         open_hub("nyu-mll/glue", "sst2")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 15  # the hub client alone retries for 23 seconds
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 

@@ -328,8 +328,9 @@ def test_names_and_paths_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_registry_answers_what_the_command_shows() -> None:
     known = {task.name: task for task in list_tasks()}
-    wanted = "docstrings rte mrpc sst2 qnli qqp mnli cola stackoverflow mcid clinc150 banking77 trec ag_news local"
-    assert list(known) == wanted.split()
+    wanted = "docstrings rte mrpc sst2 qnli qqp mnli cola stackoverflow mcid clinc150 banking77 trec ag_news"
+    assert list(known) == [*wanted.split(), "documentation", "alpaca", "dolly", "local"]
+    assert {name for name, task in known.items() if task.kind == "generation"} == {"documentation", "alpaca", "dolly"}
     assert {name for name, task in known.items() if task.metric == "f1"} == {"mrpc", "qqp"}
     assert known["cola"].metric == "mcc"
     assert known["mnli"].columns == ("premise", "hypothesis", "label")

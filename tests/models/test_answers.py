@@ -83,7 +83,10 @@ def test_memory_survives_rows_that_leave(logits):
     inside = torch.arange(len(logits))
     for layer in range(1, LAYERS + 1):
         found = answer_figures(layer, LAYERS, logits[inside, layer - 1], memory)
-        assert torch.equal(found, expected[inside, layer - 1])
+        # Not bit by bit: with other rows beside it a row may take another path through the processor's vectors.
+        torch.testing.assert_close(found, expected[inside, layer - 1], atol=1e-6, rtol=1e-5)
+        if layer > 1:
+            assert not torch.allclose(found, expected[inside, layer - 2], atol=1e-6, rtol=1e-5)
         staying = torch.arange(len(inside)) % 3 != 0
         inside = inside[staying]
         memory = {name: value[staying] for name, value in memory.items()}
@@ -121,14 +124,16 @@ def test_the_derived_store_gives_the_policys_input(tmp_path, inputs):
     store = StateStore.open(tmp_path / "store")
     expected = every_policy_input(inputs, torch.from_numpy(states), torch.from_numpy(logits))
     rows = np.arange(count)
-    assert torch.equal(stored_policy_input(store, inputs, rows), expected)
+    torch.testing.assert_close(stored_policy_input(store, inputs, rows), expected, atol=1e-6, rtol=1e-5)
     derived = derive(store, inputs, tmp_path / "derived")
-    np.testing.assert_array_equal(derived.states(rows), expected.numpy())
+    np.testing.assert_allclose(derived.states(rows), expected.numpy(), atol=1e-6, rtol=1e-5)
     np.testing.assert_array_equal(derived.losses, losses)
     np.testing.assert_array_equal(derived.correct, store.correct)
     heads = PolicyHeads(LAYERS, input_size(inputs, hidden), 8)
     with torch.inference_mode():
-        np.testing.assert_array_equal(exit_logits_of(store, heads, inputs), heads(expected).numpy())
+        found, other = exit_logits_of(store, heads, inputs), heads(expected.flip(0)).numpy()
+        np.testing.assert_allclose(found, heads(expected).numpy(), atol=1e-5, rtol=1e-5)
+        assert not np.allclose(found, other, atol=1e-5, rtol=1e-5)
 
 
 def test_the_derived_store_is_there_for_the_phase_only(tmp_path):

@@ -36,7 +36,15 @@ from transformers import (
 
 from rl_exit.errors import ModelError
 from rl_exit.models import backbones
-from rl_exit.models.backbones import SUPPORTED, SteppedBackbone, StepState, deviation, register_family, step_backbone
+from rl_exit.models.backbones import (
+    SUPPORTED,
+    SteppedBackbone,
+    StepState,
+    deviation,
+    join_states,
+    register_family,
+    step_backbone,
+)
 from rl_exit.models.backbones.masks import attention_mask_for
 
 TOLERANCE = 1e-5
@@ -233,6 +241,35 @@ def test_rows_leave_one_layer_after_another(name: str) -> None:
         kept, state = kept[rows], state.select(rows, int(state.lengths[rows].max()))
         mask = batch["attention_mask"][kept, : state.length]
         assert difference(state.hidden, full[layer][kept, : state.length], mask) < TOLERANCE
+
+
+@every_variant
+@pytest.mark.parametrize("shorter_first", [True, False])
+def test_joined_batches_go_on_as_if_alone(name: str, attention: str, shorter_first: bool) -> None:
+    """Two batches of different padding meet after layer 1, one of them without its longest row."""
+    backbone, batches = build(name, attention), [make_batch((3, 5, 1), seed=1), make_batch((12, 9, 7), seed=2)]
+    states = [run_to(backbone, 1, backbone.begin(**batch)) for batch in batches]
+    alone = [run_to(backbone, backbone.num_layers, state, first=2) for state in states]
+    parts = [(states[0], batches[0], alone[0], range(3)), (states[1].tail(1), batches[1], alone[1], (1, 2))]
+    if not shorter_first:
+        parts.reverse()
+    joined = join_states([part[0] for part in parts])
+    assert (joined.batch_size, joined.length) == (5, 9)
+    found, start = run_to(backbone, backbone.num_layers, joined, first=2), 0
+    for _, batch, expected, rows in parts:
+        for row in rows:
+            real = int(batch["attention_mask"][row].sum())
+            apart = (found.hidden[start, :real] - expected.hidden[row, :real]).abs().max()
+            assert apart < TOLERANCE
+            start += 1
+
+
+def test_what_cannot_be_joined_is_refused() -> None:
+    one, two = build("bert"), build("bert")
+    with pytest.raises(ValueError, match="one backbone"):
+        join_states([])
+    with pytest.raises(ValueError, match="one backbone"):
+        join_states([one.begin(**make_batch()), two.begin(**make_batch())])
 
 
 @every_family

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import generation_reference as reference
 import pytest
 import torch
 from causal_models import CONFIGS, early_exit, library_model, ragged
@@ -53,25 +54,6 @@ def test_exits_that_cannot_be_are_refused(every):
         early_exit("llama", exit_every=every)
 
 
-def copied_by_definition(model, ids, exit_layer):
-    """One row, no vectorised trick: each token's pass alone, on the states that the tokens before present."""
-    tokens = ids.shape[1]
-    shown = {}  # (token, layer) -> input of layer + 1
-    at_exit = []
-    for t in range(tokens):
-        state = model.backbone.begin(ids[:, : t + 1])
-        own = state.hidden[:, t]
-        shown[t, 0] = own
-        for layer in range(1, model.num_layers + 1):
-            if layer <= exit_layer[t]:
-                inputs = torch.stack([shown[j, layer - 1] for j in range(t + 1)], 1)
-                own = model.backbone.step(layer, state.with_hidden(inputs)).hidden[:, t]
-            shown[t, layer] = own
-        number = model.exit_layers.index(exit_layer[t]) + 1
-        at_exit.append(model.exit_state(number, own))
-    return torch.stack(at_exit, 1)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("every", [1, 2])
 def test_states_are_copied_by_definition(name, every):
@@ -85,9 +67,9 @@ def test_states_are_copied_by_definition(name, every):
         full = model.copied_states(ids, mask, torch.full_like(exits, model.num_layers))
         torch.testing.assert_close(full, model.all_exits(ids, mask)[:, -1])
         for row, length in enumerate(lengths):
-            expected = copied_by_definition(model, ids[row : row + 1, :length], exits[row].tolist())
-            torch.testing.assert_close(found[row, :length], expected[0], atol=1e-5, rtol=1e-5)
-            assert (full[row, :length] - expected[0]).abs().max() > 1e-2, "copying must matter"
+            expected = reference.copied_states(model, ids[row, :length].tolist(), exits[row].tolist())
+            torch.testing.assert_close(found[row, :length], expected, atol=1e-5, rtol=1e-5)
+            assert (full[row, :length] - expected).abs().max() > 1e-2, "copying must matter"
 
 
 def test_present_takes_the_output_of_those_inside():

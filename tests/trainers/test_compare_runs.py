@@ -85,13 +85,12 @@ def made_instances(count: int, seed: int) -> Instances:
 def models(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for number, name in enumerate(("initial", "final")):
-        answer = "pooled" if name == "final" else "exit"
+        answer = "own" if name == "final" else "exit"
         model = EarlyExitModel.from_backbone(
             str(tiny_backbone), ("animal", "tool"), policy_width=4, policy_answer=answer, seed=number
         )
-        if model.answer_pool is not None:
-            model.answer_pool.below.fill_(1.0)
-            model.answer_pool.bias[:, 1] += 0.2
+        if model.answer_heads is not None:
+            model.answer_heads.bias_out[:, 1] += 0.2
         with torch.no_grad():  # policies and exits that tell instances apart
             model.policy.weight_out.mul_(20)
             for parameter in model.exits.parameters():
@@ -123,7 +122,9 @@ def test_scores_are_those_of_the_live_engine(make: Maker) -> None:
             rows, own = np.arange(30), exits.scores[word].answers
             told = exits.split.predictions if own is None else own
             assert told[rows, layers - 1].tolist() == live.logits.argmax(-1).tolist()
-            assert (own is not None) == (word == "consistentee" and name == "final"), "the pooled model's policy alone"
+            assert (own is not None) == (word == "consistentee" and name == "final"), (
+                "the policy with heads of its own alone"
+            )
             if own is not None:
                 assert own.tolist() != exits.split.predictions.tolist()
             assert own_threshold(word, cut) == pytest.approx(threshold)

@@ -160,15 +160,11 @@ def test_errors_for_the_user_come_through(job: ExitTraining, tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainCrew]:
+def crew(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainCrew]:
     """Two workers that stay for all trainings."""
-    import ray
-
-    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     workers = train_crew(2, False, tmp_path_factory.mktemp("train"))
     yield workers
     workers.stop()
-    ray.shutdown()
 
 
 @pytest.mark.ray

@@ -11,7 +11,8 @@ from rl_exit.config import load_config
 from rl_exit.data.instances import Instances
 from rl_exit.errors import UserError
 from rl_exit.progress import Silent
-from rl_exit.trainers.alternation import hold_out, initialise
+from rl_exit.trainers.alternation import initialise
+from rl_exit.trainers.hold_out import hold_out
 
 
 def test_parts_are_disjoint_whole_and_of_the_seed():

@@ -3,55 +3,56 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
+import processes
 import pytest
 from safetensors.numpy import load_file
 
-# Runs the command line with SIGKILL at the n-th event of a phase: "log" is a logged row inside it, "end" the moment
-# when its work is done and its marker not yet written.
-KILLER = """
-import os, signal, sys
-phase, event, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-from rl_exit.trainers import policy_phase, run_directory as rd, supervised
-supervised.CHECKPOINT_SECONDS = policy_phase.CHECKPOINT_SECONDS = 0.0
-left = [count]
-def hit():
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-log, run_step = rd.MetricLog.log, rd.RunDirectory.run_step
-def logged(self, *args):
-    log(self, *args)
-    if event == "log" and self.phase == phase:
-        hit()
-def stepped(self, step, work, name, round=0):
-    def wrapped(to):
-        results = work(to)
-        if event == "end" and name == phase:
+
+def train(phase: str, event: str, count: int, *words: str) -> None:
+    """The command line, with SIGKILL at the n-th event of a phase.
+
+    "log" is a logged row inside it, "end" the moment when its work is done and its marker not yet written.
+    """
+    from rl_exit.cli import main
+    from rl_exit.trainers import policy_phase, run_directory, supervised
+
+    supervised.CHECKPOINT_SECONDS = policy_phase.CHECKPOINT_SECONDS = 0.0
+    left = [count]
+    log, run_step = run_directory.MetricLog.log, run_directory.RunDirectory.run_step
+
+    def hit() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def logged(self: Any, *args: Any) -> None:
+        log(self, *args)
+        if event == "log" and self.phase == phase:
             hit()
-        return results
-    return run_step(self, step, wrapped, name, round)
-rd.MetricLog.log, rd.RunDirectory.run_step = logged, stepped
-from rl_exit.cli import main
-sys.argv = ["rl-exit", "train", *sys.argv[4:]]
-main()
-"""
+
+    def stepped(self: Any, step: str, work: Any, name: str, round: int = 0) -> Any:
+        def wrapped(to: Any) -> Any:
+            results = work(to)
+            if event == "end" and name == phase:
+                hit()
+            return results
+
+        return run_step(self, step, wrapped, name, round)
+
+    run_directory.MetricLog.log, run_directory.RunDirectory.run_step = logged, stepped  # type: ignore[method-assign]
+    sys.argv = ["rl-exit", "train", "--quiet", "--resume", *words]
+    main()
 
 
-def start(
-    words: list[str], phase: str = "none", event: str = "log", count: int = 1
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", KILLER, phase, event, str(count), "--quiet", "--resume", *words],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def start(words: list[str], phase: str = "none", event: str = "log", count: int = 1) -> CompletedProcess[str]:
+    return processes.run(train, phase, event, count, *words)
 
 
 def outcome(run: Path) -> dict[str, Any]:

@@ -28,21 +28,10 @@ QUICK = PolicyPhaseSettings(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
+def one_thread(local_ray: None) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the actors: then sums are taken in the same order
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-    here = Path(__file__)
-    path = os.pathsep.join([str(here.parents[2]), str(here.parent)])
-    ray.init(
-        "local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
-    )
     yield
-    ray.shutdown()
     torch.set_num_threads(threads)
 
 
@@ -97,7 +86,7 @@ def test_a_runner_that_dies_changes_nothing(store: StateStore) -> None:
         algo.train()
     weights = algo.policy_weights()
     algo.stop()
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     assert all(torch.equal(value, weights[name]) for name, value in alone.weights.items())
 
 

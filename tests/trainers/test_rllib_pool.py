@@ -161,7 +161,7 @@ def test_killing_a_node_in_the_middle_costs_time_but_no_trajectory(cluster: Clus
             assert _same(join(pool.sample(blocks, weights, 0.1)), _alone(store, blocks))
         epochs += 1
     assert len(pool._alive) < 5  # some were lost
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     pool.stop()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from rllib_stores import heads, random_store, reward_table, solvable_store
 
@@ -26,15 +24,10 @@ QUICK = PolicyPhaseSettings(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
+def one_thread(local_ray: None) -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-    path = str(Path(__file__).parents[2])
-    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
+    torch.set_num_threads(1)  # as in the actors: then sums are taken in the same order
     yield
-    ray.shutdown()
     torch.set_num_threads(threads)
 
 

@@ -177,3 +177,13 @@ def test_only_a_sweep_of_the_same_configuration_is_resumed(tmp_path: Path) -> No
     check_resumable(found)
     with pytest.raises(RunError, match=r"policy.epochs \(5 there, 9 given\)"):
         check_resumable(plan("alpha=0.1,0.2", words=("policy.epochs=9",), output=folder))
+
+
+def test_trials_are_kept_below_the_sweep_s_name_and_share_their_initialisation_all_the_same() -> None:
+    words = ["storage_path=s3://bucket/runs", "placement.timeout=5"]
+    plan = plan_sweep(None, words, ["alpha=0.01,0.02"], 2)
+    assert {trial.config.storage_path for trial in plan.trials} == {"s3://bucket/runs/docstrings-alpha"}
+    plain = plan_sweep(None, [], ["alpha=0.01,0.02"], 2)
+    assert [start.config for start in plan.initialisations] == [start.config for start in plain.initialisations]
+    with pytest.raises(ConfigError, match="cannot be swept over"):
+        plan_sweep(None, [], ["storage_path=/a,/b"])

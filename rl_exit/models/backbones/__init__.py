@@ -8,7 +8,7 @@ from typing import Any
 
 from rl_exit.errors import ModelError, nearest
 from rl_exit.models.backbones import bert_like, decoders, modernbert, relative
-from rl_exit.models.backbones.base import Family, SteppedBackbone, StepState, Tables, deviation
+from rl_exit.models.backbones.base import Family, SteppedBackbone, StepState, Tables, deviation, join_states
 
 __all__ = [
     "SUPPORTED",
@@ -17,6 +17,7 @@ __all__ = [
     "SteppedBackbone",
     "Tables",
     "deviation",
+    "join_states",
     "register_family",
     "step_backbone",
 ]

@@ -9,14 +9,16 @@ Shapes: B rows, T tokens (padded on the right), H hidden size, L layers. Layers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rl_exit.errors import ModelError
+from rl_exit.models.backbones.blocks import Blocks
 from rl_exit.models.backbones.masks import MaskForm, attention_mask_for, attention_of
 
 
@@ -51,6 +53,7 @@ class StepState:
         hidden: Output of the last layer that ran, before any final norm, [B, T, H].
         attention_mask: 1 at real tokens and 0 at right padding, int64 [B, T].
         lengths: Real tokens of each row, int64 [B], always on the CPU, so that nobody has to ask the device.
+        padded: Whether any row is shorter than T.
         masks: By reach (None: everything), what the layers of that reach take as mask; None where none is needed.
         tables: Rotary tables, relative positions and the like.
         backbone: The backbone that made this state.
@@ -59,6 +62,7 @@ class StepState:
     hidden: Tensor
     attention_mask: Tensor
     lengths: Tensor
+    padded: bool
     masks: Mapping[int | None, Tensor | None]
     tables: Tables
     backbone: SteppedBackbone = field(repr=False, compare=False)
@@ -75,7 +79,7 @@ class StepState:
 
     def with_hidden(self, hidden: Tensor) -> StepState:
         """Return the same batch with other hidden states, [B, T, H]."""
-        return replace(self, hidden=hidden)
+        return StepState(hidden, self.attention_mask, self.lengths, self.padded, self.masks, self.tables, self.backbone)
 
     def select(self, rows: Tensor, length: int | None = None) -> StepState:
         """Return the state of some rows, with right padding trimmed; positions stay as they are.
@@ -104,10 +108,70 @@ class StepState:
             hidden=hidden,
             attention_mask=attention_mask,
             lengths=lengths,
-            masks=self.backbone.masks(hidden, attention_mask, lengths),
+            padded=(padded := _shorter_than(lengths, keep)),
+            masks=self.backbone.masks(hidden, attention_mask, padded),
             tables=self.tables if keep == self.length else self.tables.trim(keep),
             backbone=self.backbone,
         )
+
+    def head(self, count: int) -> StepState:
+        """Return the first `count` rows as a view, untrimmed and with no masks: to be given to :func:`join_states`."""
+        return self._part(slice(None, count))
+
+    def tail(self, count: int) -> StepState:
+        """Return all rows but the first `count`, as :meth:`head` does."""
+        return self._part(slice(count, None))
+
+    def _part(self, rows: slice) -> StepState:
+        return StepState(
+            self.hidden[rows], self.attention_mask[rows], self.lengths[rows], True, {}, self.tables, self.backbone
+        )
+
+
+def join_states(states: Sequence[StepState]) -> StepState:
+    """Put batches that stand after the same layer together, in their order, padded to the longest row among them.
+
+    Rows do not see each other, so each goes on as it would have alone. Batches of different padding may be joined: the
+    shorter are padded with zeros, and padding beyond the longest row is cut.
+
+    Args:
+        states: One or more of the same backbone, after the same layer.
+
+    Returns:
+        The rows of all of them, [sum of B, T, H], with masks for the next layer.
+
+    Raises:
+        ValueError: No states, or of different backbones.
+    """
+    if not states or any(state.backbone is not states[0].backbone for state in states):
+        raise ValueError("join_states needs one or more states of one backbone")
+    backbone = states[0].backbone
+    lengths = torch.cat([state.lengths for state in states])
+    keep = max(int(lengths.max()), 1) if len(lengths) else states[0].length
+    # What the layers read beside the rows is the same for every row; the longest batch has all positions.
+    longest = max(states, key=lambda state: state.length)
+    if all(state.length >= keep for state in states):
+        hidden = torch.cat([state.hidden[:, :keep] for state in states])
+        attention_mask = torch.cat([state.attention_mask[:, :keep] for state in states])
+    else:
+        first = longest.hidden
+        hidden = first.new_zeros((len(lengths), keep, first.shape[2]))
+        attention_mask = longest.attention_mask.new_zeros((len(lengths), keep))
+        start = 0
+        for state in states:
+            rows, columns = slice(start, start + state.batch_size), min(state.length, keep)
+            hidden[rows, :columns] = state.hidden[:, :columns]
+            attention_mask[rows, :columns] = state.attention_mask[:, :columns]
+            start += state.batch_size
+    return StepState(
+        hidden=hidden,
+        attention_mask=attention_mask,
+        lengths=lengths,
+        padded=(padded := _shorter_than(lengths, keep)),
+        masks=backbone.masks(hidden, attention_mask, padded),
+        tables=longest.tables if keep == longest.length else longest.tables.trim(keep),
+        backbone=backbone,
+    )
 
 
 def _no_tables(model: Any, hidden: Tensor) -> Tables:
@@ -138,6 +202,7 @@ class Family:
         final_norm: ``(model)`` to the norm that follows the last layer; None where each layer ends in its own.
         mask_form: What the layers accept as mask.
         reaches: ``(config, L)`` to the largest distance that each layer sees, None for no limit.
+        blocks: The layers in parts, for generation; None where a family generates no text.
         objection: ``(config)`` to why a model of this configuration cannot be run exactly; None if it can.
     """
 
@@ -151,6 +216,7 @@ class Family:
     mask_form: MaskForm = "interface"
     reaches: Callable[[Any, int], tuple[int | None, ...]] = _reach_everything
     objection: Callable[[Any], str | None] = _accept
+    blocks: Blocks | None = None
 
     def build(self, model: Any) -> SteppedBackbone:
         """Return the stepped form of a base model of this family; what :func:`register_family` takes."""
@@ -188,6 +254,22 @@ class SteppedBackbone(nn.Module):
         self._family = family
         self._reaches = family.reaches(config, self.num_layers)
 
+    @property
+    def blocks(self) -> Blocks:
+        """The layers in parts.
+
+        Raises:
+            ModelError: The family does not generate text.
+        """
+        if self._family.blocks is None:
+            raise ModelError(f"{self.family} backbones generate no text here; docs/backbones.md lists those that do")
+        return self._family.blocks
+
+    @property
+    def reaches(self) -> tuple[int | None, ...]:
+        """The largest distance that each layer sees, None for no limit."""
+        return self._reaches
+
     def begin(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> StepState:
@@ -211,7 +293,8 @@ class SteppedBackbone(nn.Module):
             hidden=hidden,
             attention_mask=attention_mask,
             lengths=lengths,
-            masks=self.masks(hidden, attention_mask, lengths),
+            padded=(padded := _shorter_than(lengths, input_ids.shape[1])),
+            masks=self.masks(hidden, attention_mask, padded),
             tables=self._family.tables(self.model, hidden),
             backbone=self,
         )
@@ -226,7 +309,20 @@ class SteppedBackbone(nn.Module):
             raise ValueError(f"layer must lie in 1..{self.num_layers}, not {layer}")
         mask = state.masks[self._reaches[layer - 1]]
         output = self._family.run_layer(self.model, layer - 1, state, mask)
-        return state.with_hidden(output[0] if isinstance(output, tuple) else output)
+        hidden = output[0] if isinstance(output, tuple) else output
+        return state.with_hidden(hidden)
+
+    def layer_modules(self) -> nn.ModuleList:
+        """Return the list of the L layers inside the model.
+
+        Raises:
+            ModelError: There is none of that length (layers that share their weights).
+        """
+        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        found = next((module for module in lists if len(module) == self.num_layers), None)
+        if found is None:
+            raise ModelError(f"the layers of this {self.family} backbone are not {self.num_layers} separate modules")
+        return found
 
     def hidden(self, layer: int, state: StepState) -> Tensor:
         """Return what exit `layer` reads, [B, T, H]; at layer L the model's ``last_hidden_state``.
@@ -257,11 +353,10 @@ class SteppedBackbone(nn.Module):
             states.append(state.hidden if layer < self.num_layers else self.hidden(layer, state))
         return states
 
-    def masks(self, hidden: Tensor, attention_mask: Tensor, lengths: Tensor) -> dict[int | None, Tensor | None]:
+    def masks(self, hidden: Tensor, attention_mask: Tensor, padded: bool) -> dict[int | None, Tensor | None]:
         """Build the attention masks of a batch, one for each reach that a layer has (see :class:`StepState`)."""
         form = self._family.mask_form
         eager = form == "interface" and attention_of(self.model.config) == "eager"
-        padded = bool((lengths < hidden.shape[1]).any())
         return {
             reach: attention_mask_for(
                 attention_mask,
@@ -281,13 +376,17 @@ def _checked_lengths(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
         given = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
         raise ValueError(f"input_ids and attention_mask must both have shape [B, T], not {given}")
-    lengths = attention_mask.sum(1)
-    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    wrong = (attention_mask != (positions < lengths[:, None])).sum()
-    *on_cpu, misplaced = torch.cat([lengths, wrong[None]]).tolist()
-    if misplaced:
+    # numpy, once there: a third of torch's time for a few numbers.
+    mask = attention_mask.cpu().numpy()
+    lengths = mask.sum(1)
+    if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
         raise ValueError("attention_mask must be 1 at real tokens and 0 after them: batches are padded on the right")
-    return torch.tensor(on_cpu, dtype=torch.int64)
+    return torch.from_numpy(lengths)
+
+
+def _shorter_than(lengths: Tensor, length: int) -> bool:
+    """Whether any row is shorter than the padded length."""
+    return bool((lengths.numpy() < length).any())
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
-"""Llama, Qwen2, Qwen3, GPT-2 and GPT-NeoX: causal pre-norm models, used as classifiers on their base model.
+"""Llama, Qwen2, Qwen3, GPT-2 and GPT-NeoX: causal pre-norm models.
 
 Relied on: Llama and Qwen ``model.embed_tokens``, ``model.layers``, ``model.norm``, ``model.rotary_emb(hidden,
 position_ids)`` and ``config.layer_types``; GPT-2 ``model.wte``, ``wpe``, ``drop``, ``h``, ``ln_f``; GPT-NeoX
 ``model.embed_in``, ``emb_dropout``, ``layers``, ``final_layer_norm``, ``rotary_emb``. Layers take ``attention_mask``
-and, with rotary positions, ``position_embeddings``. No cache is kept.
+and, with rotary positions, ``position_embeddings``. No cache is kept here; generation runs the layers in parts and
+keeps its own (``blocks.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rl_exit.models.backbones import blocks
 from rl_exit.models.backbones.base import Family, StepState, Tables
 from rl_exit.models.backbones.rotary import layer_reaches, layer_type_objection, positions
 
@@ -47,6 +49,7 @@ def _llama_like(name: str) -> Family:
         final_norm=lambda model: model.norm,
         reaches=_causal_reaches,
         objection=layer_type_objection,
+        blocks=blocks.LLAMA,
     )
 
 
@@ -67,6 +70,7 @@ GPT_NEOX = Family(
     count_layers=lambda model: len(model.layers),
     tables=_rotary_tables,
     final_norm=lambda model: model.final_layer_norm,
+    blocks=blocks.GPT_NEOX,
 )
 
 
@@ -89,4 +93,5 @@ GPT2 = Family(
     run_layer=_gpt2_run,
     count_layers=lambda model: len(model.h),
     final_norm=lambda model: model.ln_f,
+    blocks=blocks.GPT2,
 )

@@ -62,7 +62,7 @@ class ColumnarLearner(TorchLearner):
         super().build()
         #: Source of states, which a sampler in the same process shares.
         self.reader = StateReader(StateStore.open(self.config.store_path))
-        self.table = RewardTable(self.reader.store, self.config.reward, self.config.alpha)
+        self.table = RewardTable(self.reader.store, self.config.reward, self.config.alpha, self.config.cost)
         self.parameters: list[Tensor] = [p for p in self._module[DEFAULT_MODULE_ID].parameters() if p.requires_grad]
         self._grad_norms: list[Tensor] = []
 

@@ -39,6 +39,7 @@ class SamplerSettings:
         trajectories: K.
         reward: Name of the reward.
         alpha: Price of a layer.
+        cost: [L], cost of leaving at each layer; None: the layer's number.
     """
 
     path: str
@@ -48,6 +49,7 @@ class SamplerSettings:
     trajectories: int
     reward: str
     alpha: float
+    cost: tuple[float, ...] | None = None
 
 
 class SamplerActor:
@@ -113,7 +115,9 @@ class SamplerActor:
 
     def _over(self, store: StateStore) -> BlockSampler:
         s = self._settings
-        return BlockSampler.over(store, seed=s.seed, trajectories=s.trajectories, reward=s.reward, alpha=s.alpha)
+        return BlockSampler.over(
+            store, seed=s.seed, trajectories=s.trajectories, reward=s.reward, alpha=s.alpha, cost=s.cost
+        )
 
     def _has_path(self) -> bool:
         try:

@@ -30,6 +30,7 @@ class StoreSettings:
         self.store_path = ""
         self.reward = "hardness"
         self.alpha = 0.05
+        self.cost: tuple[float, ...] | None = None
         self.trajectories = 8
         self.batch_size = 256
         self.block_rows = BLOCK_ROWS
@@ -73,15 +74,14 @@ class StoreSettings:
 
     def use_environment(self, envs_per_runner: int) -> None:
         """Sample from the Gymnasium environment, so many side by side in a runner."""
-        self.environment(
-            ENVIRONMENT, env_config={"source": self.store_path, "reward": self.reward, "alpha": self.alpha}
-        )
+        told = {"source": self.store_path, "reward": self.reward, "alpha": self.alpha}
+        self.environment(ENVIRONMENT, env_config=told if self.cost is None else {**told, "cost": self.cost})
         self.env_runners(num_envs_per_env_runner=envs_per_runner, gym_env_vectorize_mode="vector_entry_point")
 
     def open_sampler(self, reader: StateReader | None = None) -> BlockSampler:
         """The sampler that these settings describe; over the store given, or opened."""
         reader = reader or StateReader(StateStore.open(self.store_path))
-        table = RewardTable(reader.store, self.reward, self.alpha)
+        table = RewardTable(reader.store, self.reward, self.alpha, self.cost)
         return BlockSampler(reader, table, self.sampling_seed, self.trajectories)
 
     def block_plan(self, store: StateStore | None = None) -> BlockPlan:
@@ -101,6 +101,7 @@ class StoreSettings:
             trajectories=self.trajectories,
             reward=self.reward,
             alpha=self.alpha,
+            cost=self.cost,
         )
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:

@@ -1,0 +1,369 @@
+"""A model as a Ray Serve application: one front that speaks HTTP, and replicas of the model behind it.
+
+The front (:mod:`rl_exit.serving.http`) checks what comes in and hands it to a replica; if that replica dies before it
+has answered, the request goes to another one, so that none is lost. Answers are the same whoever gives them and nothing
+is changed by asking twice, so that is safe. Several requests wait in a replica at once; its pool runs their texts
+together (:mod:`rl_exit.serving.engine`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ray import serve
+from ray.exceptions import RayActorError
+
+from rl_exit.errors import ConfigError, UserError
+from rl_exit.serving.http import Front, Refusal, build_app
+from rl_exit.serving.schema import Limits, ModelInfo, Wish
+
+NAME = "rl-exit"
+GIVEN_UP = 8  # replicas that may die under one request before it is refused
+FIRST_WAIT = 0.05  # seconds before a request is given to another replica; doubles with every further death
+DRAIN = 30.0  # seconds that open requests are waited for at the end
+
+QUIET = {"log_level": "ERROR", "enable_access_log": False}
+
+# What makes Serve cheaper for replicas whose code never blocks its event loop, as ours: one loop in place of three.
+SERVE_SETTINGS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+
+Batching = Literal["pooled", "plain"]
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What ``rl-exit serve`` is given.
+
+    Attributes:
+        model: A model folder, a run directory or a hub id.
+        host: Address to listen at.
+        port: Port to listen at.
+        replicas: Processes with a copy of the model.
+        threads: Torch threads of each.
+        batching: ``pooled``, or ``plain``: ``serve.batch``, each batch to its end; for comparison.
+        batch_size: Most texts in a step (plain: requests in a batch).
+        deadline: Seconds that texts wait for others.
+        limits: On what comes in.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    threads: int = 1
+    batching: Batching = "pooled"
+    batch_size: int = 32
+    deadline: float = 0.005
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "threads", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}; accepted: a whole number from 1")
+        if not 1 <= self.port <= 65535:
+            raise ConfigError(f"port = {self.port}; accepted: 1 to 65535")
+        if not self.deadline >= 0:
+            raise ConfigError(f"deadline = {self.deadline} seconds; accepted: 0 or more")
+        if self.batching not in ("pooled", "plain"):
+            raise ConfigError(f"batching = {self.batching!r}; accepted: pooled, plain")
+
+
+class ModelReplica:
+    """One copy of the model; a Serve deployment.
+
+    Args:
+        options: What the command was given; ``options.model`` is a folder that this node can read, or a hub id.
+    """
+
+    def __init__(self, options: ServeOptions) -> None:
+        import torch
+
+        from rl_exit.models.early_exit import EarlyExitModel
+        from rl_exit.serving.engine import measure_rules
+        from rl_exit.serving.service import ModelService
+
+        torch.set_num_threads(options.threads)
+        sys.setswitchinterval(0.0005)  # the model's thread and the event loop take turns more often than every 5 ms
+        model = EarlyExitModel.from_pretrained(options.model).eval()
+        self._options = options
+        self._service = ModelService(model, measure_rules(model, options.batch_size, options.deadline))
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._together.set_max_batch_size(options.batch_size)
+        self._together.set_batch_wait_timeout_s(options.deadline)
+
+    async def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, wish: Wish) -> dict[str, Any]:
+        """See :meth:`rl_exit.serving.service.ModelService.answer`; who answered and how it stands comes along."""
+        if self._options.batching == "pooled":
+            answers = await self._service.answer(texts, pairs, wish)
+        else:
+            started = time.monotonic()
+            request = (self._service.tokenised(texts, pairs), self._service.rule_for(wish))
+            left = await self._together(request)
+            seconds = time.monotonic() - started
+            answers = self._service.told([replace(one, seconds=seconds) for one in left])
+        return {"answers": answers, **self.state()}
+
+    async def explain(self, text: str, pair: str | None, wish: Wish) -> dict[str, Any]:
+        """See :meth:`rl_exit.serving.service.ModelService.explain`."""
+        return await self._service.explain(text, pair, wish)
+
+    def state(self) -> dict[str, Any]:
+        """Who this is, and :meth:`rl_exit.serving.service.ModelService.state`."""
+        return {"replica": self._name, "pid": os.getpid(), "state": self._service.state()}
+
+    def check_health(self) -> None:
+        """Asked by Serve; a replica whose model thread is gone is replaced.
+
+        Raises:
+            RuntimeError: It is gone.
+        """
+        if not self._service.engine.alive:
+            raise RuntimeError("the thread of the model has ended")
+
+    def __del__(self) -> None:
+        """Called by Serve when all requests are answered."""
+        if hasattr(self, "_service"):
+            self._service.close()
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
+    async def _together(self, requests: list[Any]) -> list[Any]:
+        """Plain batching."""
+        from rl_exit.serving.service import run_together
+
+        work = self._service.engine.call(lambda: run_together(self._service.model, requests))
+        return await asyncio.wrap_future(work)
+
+
+class Replicas:
+    """Replicas as one backend; requests whose replica died go to another.
+
+    Args:
+        handle: Of the deployment.
+        retried: Called for every request that goes to another replica.
+    """
+
+    def __init__(self, handle: Any, retried: Callable[[], None] = lambda: None) -> None:
+        self._handle = handle
+        self.retried = retried
+        self._states: dict[str, tuple[float, dict[str, Any]]] = {}
+
+    async def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, wish: Wish) -> list[dict[str, Any]]:
+        """See :class:`rl_exit.serving.http.Backend`."""
+        found = await self._ask("answer", texts, pairs, wish)
+        self._keep(found)
+        answers: list[dict[str, Any]] = found["answers"]
+        return answers
+
+    async def explain(self, text: str, pair: str | None, wish: Wish) -> dict[str, Any]:
+        """See :class:`rl_exit.serving.http.Backend`."""
+        found: dict[str, Any] = await self._ask("explain", text, pair, wish)
+        return found
+
+    async def states(self) -> dict[str, dict[str, Any]]:
+        """What the replicas last said; one of them is asked anew, and nothing is told where it does not answer."""
+        try:
+            self._keep(await asyncio.wait_for(self._handle.state.remote(), 1.0))
+        except (RayActorError, TimeoutError):
+            return {}
+        now = time.monotonic()
+        self._states = {name: (at, state) for name, (at, state) in self._states.items() if now - at < 60.0}
+        return {name: state for name, (_, state) in self._states.items()}
+
+    def _keep(self, found: dict[str, Any]) -> None:
+        self._states[found["replica"]] = (time.monotonic(), found["state"])
+
+    async def _ask(self, method: str, *words: Any) -> Any:
+        for attempt in range(GIVEN_UP):
+            try:
+                return await getattr(self._handle, method).remote(*words)
+            except RayActorError:
+                self.retried()
+                await asyncio.sleep(min(FIRST_WAIT * 2**attempt, 1.0))
+        raise Refusal(503, "no_replica", f"{GIVEN_UP} replicas of the model died while they worked on this request")
+
+
+class HttpFront:
+    """The HTTP side; a Serve deployment with one replica.
+
+    Args:
+        handle: Of :class:`ModelReplica`.
+        info: What clients are told.
+        limits: What is accepted.
+    """
+
+    def __init__(self, handle: Any, info: ModelInfo, limits: Limits) -> None:
+        replicas = Replicas(handle)
+        self._front = Front(replicas, info, limits)
+        replicas.retried = self._front.metrics.retries.inc
+        self.application = build_app(self._front)
+
+    async def drain(self, timeout: float) -> int:
+        """See :meth:`rl_exit.serving.http.Front.drain`."""
+        return await self._front.drain(timeout)
+
+
+class _Delegate:
+    """The ASGI application that Serve is given before the real one can be made: passes everything on to it."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            for kind in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{kind}.complete"})
+            return
+        await serve.get_replica_context().servable_object.application(scope, receive, send)
+
+
+def application(options: ServeOptions, info: ModelInfo) -> Any:
+    """The Serve application."""
+    most = options.limits.max_waiting + 64
+    model = serve.deployment(
+        ModelReplica,
+        name="model",
+        num_replicas=options.replicas,
+        max_ongoing_requests=most,
+        health_check_period_s=1.0,
+        graceful_shutdown_timeout_s=DRAIN,
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": SERVE_SETTINGS}},
+        logging_config=QUIET,
+    ).bind(options)
+    front = serve.deployment(
+        serve.ingress(_Delegate())(HttpFront),
+        name="front",
+        num_replicas=1,
+        max_ongoing_requests=most,
+        graceful_shutdown_timeout_s=DRAIN,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": SERVE_SETTINGS}},
+        logging_config=QUIET,
+    )
+    return front.bind(model, info, options.limits)
+
+
+def serve_model(options: ServeOptions, ready: Callable[[str], None], stop: threading.Event | None = None) -> int:
+    """Serve until told to stop; open requests are answered first.
+
+    Args:
+        options: What is served, where and how.
+        ready: Told the address when requests are taken.
+        stop: Ends it when set; SIGTERM and SIGINT set it where this is the main thread.
+
+    Returns:
+        Requests that were still open after ``DRAIN`` seconds, normally 0.
+
+    Raises:
+        UserError: The model cannot be loaded, or the address cannot be used.
+    """
+    check_address(options.host, options.port)
+    info, options = describe(options)
+    stop = stop or threading.Event()
+    # Ray sets handlers of its own when it starts, so ours come after it. While Serve starts they wait.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    with _session(options), _signals(stop):
+        serve.start(
+            http_options={"host": options.host, "port": options.port},
+            logging_config=QUIET,
+        )
+        try:
+            handle = serve.run(application(options, info), name=NAME, route_prefix="/")
+            if not stop.is_set():
+                ready(f"http://{options.host}:{options.port}")
+            while not stop.wait(1.0):
+                pass
+            left: int = handle.drain.remote(DRAIN).result()
+            return left
+        finally:
+            serve.shutdown()
+
+
+def describe(options: ServeOptions) -> tuple[ModelInfo, ServeOptions]:
+    """Load the model once, so that what is wrong with it is said at once and in words.
+
+    Returns:
+        What clients are told, and the options with the model's absolute folder.
+
+    Raises:
+        UserError: The model cannot be loaded.
+    """
+    from rl_exit.models.early_exit import EarlyExitModel
+    from rl_exit.serving.service import has_dial, operating_points
+
+    inside = Path(options.model) / "model"
+    is_run = (inside / "config.json").is_file() and not (Path(options.model) / "config.json").exists()
+    folder = str(inside) if is_run else options.model
+    model = EarlyExitModel.from_pretrained(folder)
+    config = model.config
+    info = ModelInfo(
+        name=options.model,
+        labels=[config.id2label[number] for number in range(config.num_labels)],
+        num_layers=model.num_layers,
+        max_tokens=model.max_length,
+        operating_points=operating_points(model),
+        threshold=float(config.threshold),
+        has_dial=has_dial(model),
+    )
+    return info, replace(options, model=str(Path(folder).resolve()) if Path(folder).is_dir() else folder)
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address at which nobody can listen, before anything is started.
+
+    Raises:
+        UserError: The port is taken or not allowed, or the host is none of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family[0], family[1]) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(family[4])
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot listen at {host}:{port}: {reason}; choose another with --port or --host") from None
+
+
+@contextmanager
+def _signals(stop: threading.Event) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = {kind: signal.signal(kind, lambda *_: stop.set()) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+@contextmanager
+def _session(options: ServeOptions) -> Iterator[None]:
+    """A Ray of its own on this machine, or the one that this process has joined."""
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: people wait for a server
+        ray.init(
+            "local",
+            num_cpus=max(options.replicas + 1, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()

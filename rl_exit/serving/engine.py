@@ -1,0 +1,255 @@
+"""The model in a thread of its own: texts come in at any time, each is answered when it leaves.
+
+One thread owns the model. It takes what has arrived into the pool, runs the step that the pool chooses, and hands out
+the answers of the rows that left, so that an easy text never waits for a hard one that came along.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from rl_exit.criteria import Criterion
+from rl_exit.data.instances import Instances
+from rl_exit.serving.pool import PoolRules, RequestPool, Row
+from rl_exit.serving.steps import Passage, run_step
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Left:
+    """How a text left the model.
+
+    Attributes:
+        logits: float32 [C], of the exit where it left.
+        exit_layer: 1..L.
+        seconds: From its arrival.
+    """
+
+    logits: Tensor
+    exit_layer: int
+    seconds: float
+
+
+@dataclass
+class Counts:
+    """What an engine has done since it began; ``tokens`` includes padding, ``real_tokens`` does not."""
+
+    steps: int = 0
+    rows: int = 0
+    tokens: int = 0
+    real_tokens: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A text in the pool and who waits for it."""
+
+    passage: Passage
+    answer: Future[Left]
+
+
+@dataclass(eq=False)
+class _Job(Generic[Result]):
+    work: Callable[[], Result]
+    answer: Future[Result]
+
+
+class PooledEngine:
+    """Depth-pooled batching around one model; :meth:`close` ends its thread.
+
+    Args:
+        model: An :class:`rl_exit.EarlyExitModel` with its tokenizer; put into evaluation mode.
+        rules: Of the pool.
+        clock: Seconds, rising.
+
+    Attributes:
+        counts: What was done so far.
+    """
+
+    def __init__(self, model: Any, rules: PoolRules, clock: Callable[[], float] = time.monotonic) -> None:
+        self.counts = Counts()
+        self._model = model.eval()
+        self._pool: RequestPool[_Waiting] = RequestPool(model.num_layers, rules)
+        self._clock = clock
+        self._wake = threading.Condition()
+        self._arrived: list[Row[_Waiting]] = []
+        self._jobs: list[_Job[Any]] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="rl-exit-model", daemon=True)
+        self._thread.start()
+
+    def submit(self, instances: Instances, rule: Criterion) -> list[Future[Left]]:
+        """Let texts in at layer 1.
+
+        Args:
+            instances: N tokenised texts, each of at least one token.
+            rule: When they leave. Texts share the memory of a rule only where it is the same object.
+
+        Returns:
+            N futures. Cancel one, and its text is dropped before its next layer.
+
+        Raises:
+            RuntimeError: The engine is closed.
+        """
+        now = self._clock()
+        rows = []
+        for start, stop in zip(instances.offsets[:-1].tolist(), instances.offsets[1:].tolist(), strict=True):
+            types = None if instances.token_types is None else instances.token_types[start:stop]
+            passage = Passage(instances.tokens[start:stop], types, rule)
+            rows.append(Row(_Waiting(passage, Future()), length=stop - start, arrived=now))
+        with self._wake:
+            self._refuse_if_closed()
+            self._pad_token_id = instances.pad_token_id
+            self._arrived += rows
+            self._wake.notify()
+        return [row.payload.answer for row in rows]
+
+    def call(self, work: Callable[[], Result]) -> Future[Result]:
+        """Do something with the model in its thread, between two steps.
+
+        Raises:
+            RuntimeError: The engine is closed.
+        """
+        job = _Job(work, Future[Result]())
+        with self._wake:
+            self._refuse_if_closed()
+            self._jobs.append(job)
+            self._wake.notify()
+        return job.answer
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
+    def waiting(self) -> list[int]:
+        """Texts that wait for each layer, [L]; those on their way to layer 1 included."""
+        waiting = self._pool.waiting()
+        waiting[0] += len(self._arrived)
+        return waiting
+
+    def close(self) -> None:
+        """Answer what is inside, then end the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closing:
+            raise RuntimeError("the engine is closed")
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._arrived or self._jobs or len(self._pool) or self._closing):
+                    self._wake.wait()
+                arrived, self._arrived = self._arrived, []
+                jobs, self._jobs = self._jobs, []
+            if not (arrived or jobs or len(self._pool)):
+                return
+            for job in jobs:
+                _work(job)
+            self._pool.add(arrived, self._clock())
+            self._step([row for row in self._pool.take(self._clock()) if not _dropped(row)])
+
+    def _step(self, rows: list[Row[_Waiting]]) -> None:
+        if not rows:
+            return
+        layer = rows[0].layer
+        try:
+            outcome = run_step(self._model, layer, [row.payload.passage for row in rows], self._pad_token_id)
+        except Exception as error:  # noqa: BLE001 - whoever waits is told; the thread serves the others
+            for row in rows:
+                _settle(row.payload.answer, error=error)
+            return
+        now = self._clock()
+        self.counts.steps += 1
+        self.counts.rows += len(rows)
+        self.counts.tokens += outcome.tokens
+        self.counts.real_tokens += sum(row.length for row in rows)
+        staying = [rows[position] for position in outcome.stay]
+        for row in staying:
+            row.layer = layer + 1
+        self._pool.add(staying, now)
+        for position, logits in zip(outcome.left, outcome.logits, strict=False):
+            row = rows[position]
+            _settle(row.payload.answer, Left(logits, layer, now - row.arrived))
+
+
+def measure_rules(model: Any, batch_size: int, deadline: float) -> PoolRules:
+    """Find what a step costs beside its tokens on this machine, and how many tokens a step is best limited to.
+
+    Args:
+        model: In evaluation mode.
+        batch_size: Most rows in a step.
+        deadline: Seconds, as in :class:`rl_exit.serving.pool.PoolRules`.
+
+    Returns:
+        Rules with ``overhead`` and ``batch_tokens`` as measured within about a second.
+    """
+    length = min(32, model.max_length)
+    sizes = [size for size in (1, 2, 4, 8, 16, 32) if size <= batch_size]
+    took = {size: min(_time_step(model, size, length) for _ in range(5)) for size in sizes}
+    per_row = {size: seconds / size for size, seconds in took.items()}
+    best = min(per_row, key=lambda size: per_row[size])
+    # Of the sizes that are about as good as the best, the smallest: it makes others wait least.
+    enough = next(size for size in sizes if per_row[size] <= 1.05 * per_row[best])
+    if best == 1:
+        return PoolRules(batch_size, deadline, 0.0, length)
+    # took = a + b * size * length through the single row and the best size.
+    slope = (took[best] - took[1]) / (best - 1)
+    overhead = max(took[1] - slope, 0.0) / max(slope / length, 1e-9)
+    limit = enough * length if enough < sizes[-1] else batch_size * model.max_length
+    return PoolRules(batch_size, deadline, overhead, limit)
+
+
+@torch.inference_mode()
+def _time_step(model: Any, rows: int, length: int) -> float:
+    """Seconds of layer 1 with its exit and the policy's question."""
+    tokens = torch.full((rows, length), model.config.pad_token_id or 0, device=model.device)
+    state = model.backbone.begin(tokens)
+    started = time.perf_counter()
+    state = model.backbone.step(1, state)
+    view = model.view(1, state)
+    view.exit_logit({}).cpu()
+    view.logits.cpu()
+    return time.perf_counter() - started
+
+
+def _dropped(row: Row[_Waiting]) -> bool:
+    return row.payload.answer.cancelled()
+
+
+def _work(job: _Job[Any]) -> None:
+    if not job.answer.set_running_or_notify_cancel():
+        return
+    try:
+        job.answer.set_result(job.work())
+    except Exception as error:  # noqa: BLE001 - whoever waits is told
+        job.answer.set_exception(error)
+
+
+def _settle(answer: Future[Left], left: Left | None = None, error: Exception | None = None) -> None:
+    """Answer, unless nobody waits any more."""
+    if not answer.set_running_or_notify_cancel():
+        return
+    if error is not None:
+        answer.set_exception(error)
+    else:
+        assert left is not None
+        answer.set_result(left)
+
+
+def gathered(futures: Sequence[Future[Left]], timeout: float | None = None) -> list[Left]:
+    """Wait for all answers, in order."""
+    return [future.result(timeout) for future in futures]

@@ -1,0 +1,178 @@
+"""Which rows run next: rows of different requests wait at their layers, and one layer runs at a time.
+
+Pure Python, and the time is passed in, so that every decision can be tested. A step (one layer on B rows of T tokens)
+costs about ``overhead + B * T``, in units of the time of one token; the pool trades padding against overhead with it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from rl_exit.errors import ConfigError
+
+Payload = TypeVar("Payload")
+
+
+@dataclass(eq=False, slots=True)
+class Row(Generic[Payload]):
+    """A text on its way through the layers.
+
+    Attributes:
+        payload: What the caller keeps with it.
+        length: Its tokens.
+        arrived: When it came, in seconds of the caller's clock.
+        layer: The layer that it waits for, 1..L.
+        since: Since when it waits there.
+    """
+
+    payload: Payload
+    length: int
+    arrived: float
+    layer: int = 1
+    since: float = 0.0
+
+
+@dataclass(frozen=True)
+class PoolRules:
+    """What the pool is allowed.
+
+    Attributes:
+        batch_size: Most rows in a step; usually 8 to 64.
+        deadline: Seconds that a row may wait at a layer for others to come along, once the model is free; 0 to 0.02.
+        overhead: What a step costs beside its tokens, in tokens: a row is padded by others only where that costs less
+            than a step of its own. 10 to 30 on a CPU, thousands on a GPU; infinity pads without limit.
+        batch_tokens: Most tokens in a step, padding included; a single row may exceed it. On a CPU large steps fall out
+            of the cache.
+    """
+
+    batch_size: int = 32
+    deadline: float = 0.005
+    overhead: float = 16.0
+    batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.batch_tokens < 1:
+            raise ConfigError(
+                f"batch_size = {self.batch_size}, batch_tokens = {self.batch_tokens}; accepted: whole numbers from 1"
+            )
+        if not self.deadline >= 0 or not self.overhead >= 0:
+            raise ConfigError(f"deadline = {self.deadline}, overhead = {self.overhead}; accepted: 0 or more")
+
+
+class _Queue(Generic[Payload]):
+    """Rows that wait for one layer, by age and by length."""
+
+    def __init__(self) -> None:
+        self.by_age: OrderedDict[int, Row[Payload]] = OrderedDict()
+        self.by_length: list[tuple[int, int]] = []  # (length, number of the row)
+
+    def add(self, number: int, row: Row[Payload]) -> None:
+        self.by_age[number] = row
+        insort(self.by_length, (row.length, number))
+
+    def remove(self, number: int) -> Row[Payload]:
+        row = self.by_age.pop(number)
+        del self.by_length[bisect_left(self.by_length, (row.length, number))]
+        return row
+
+    def oldest(self) -> Row[Payload]:
+        return next(iter(self.by_age.values()))
+
+
+class RequestPool(Generic[Payload]):
+    """Rows by the layer they wait for, and the decision which of them run next.
+
+    Whenever the model is free and rows wait, some rows run (the model never idles beside waiting work). Which layer:
+
+    1. a row has waited longer than the deadline: the layer of the one of these that arrived first;
+    2. some layer has a full batch: the deepest of these, so that rows leave and memory is freed;
+    3. otherwise the shallowest, so that its rows catch up with those that wait further on and run with them.
+
+    The step begins with the row of that layer that has waited longest, and takes those along whose length is near its
+    own (see :class:`PoolRules`). No row starves: what has waited longest among the overdue is always in the next step.
+
+    Args:
+        num_layers: L.
+        rules: What is allowed.
+    """
+
+    def __init__(self, num_layers: int, rules: PoolRules | None = None) -> None:
+        if num_layers < 1:
+            raise ValueError(f"num_layers {num_layers}; accepted: 1 or more")
+        self.num_layers = num_layers
+        self.rules = rules or PoolRules()
+        self._queues: list[_Queue[Payload]] = [_Queue() for _ in range(num_layers)]
+        self._next = 0
+
+    def __len__(self) -> int:
+        """Rows that wait."""
+        return sum(self.waiting())
+
+    def waiting(self) -> list[int]:
+        """Rows that wait for each layer, [L]."""
+        return [len(queue.by_age) for queue in self._queues]
+
+    def add(self, rows: Iterable[Row[Payload]], now: float) -> None:
+        """Let rows wait for ``row.layer``.
+
+        Raises:
+            ValueError: There is no such layer.
+        """
+        for row in rows:
+            if not 1 <= row.layer <= self.num_layers:
+                raise ValueError(f"layer {row.layer}; accepted: 1..{self.num_layers}")
+            row.since = now
+            self._queues[row.layer - 1].add(self._next, row)
+            self._next += 1
+
+    def take(self, now: float) -> list[Row[Payload]]:
+        """Take the rows of the next step out of the pool.
+
+        Returns:
+            Rows that wait for the same layer, by their length, longest first; empty where nothing waits.
+        """
+        queue = self._choose(now)
+        if queue is None:
+            return []
+        return [queue.remove(number) for number in self._companions(queue)]
+
+    def _choose(self, now: float) -> _Queue[Payload] | None:
+        held = [queue for queue in self._queues if queue.by_age]
+        if not held:
+            return None
+        # Within a queue rows are in the order in which they came to it, so the first is the one that waited longest.
+        overdue = [queue for queue in held if now - queue.oldest().since >= self.rules.deadline]
+        if overdue:
+            return min(overdue, key=lambda queue: queue.oldest().arrived)
+        full = [queue for queue in held if len(queue.by_age) >= self.rules.batch_size]
+        return full[-1] if full else held[0]
+
+    def _companions(self, queue: _Queue[Payload]) -> list[int]:
+        """Numbers of the rows that run, longest first: the oldest, and those near in length that pay for themselves."""
+        rules, order = self.rules, queue.by_length
+        number, first = next(iter(queue.by_age.items()))
+        low = bisect_left(order, (first.length, number))
+        high = low + 1  # order[low:high] runs
+        longest = first.length
+        while high - low < rules.batch_size:
+            count = high - low
+            # Padding that the shorter neighbour would have, and that the longer one would give all others.
+            below = longest - order[low - 1][0] if low else None
+            above = (order[high][0] - longest) * count if high < len(order) else None
+            if above is not None and (below is None or above < below):
+                if above > rules.overhead or order[high][0] * (count + 1) > rules.batch_tokens:
+                    above = None
+            else:
+                above = None
+            if above is not None:
+                longest = order[high][0]
+                high += 1
+            elif below is not None and below <= rules.overhead and longest * (count + 1) <= rules.batch_tokens:
+                low -= 1
+            else:
+                break
+        return [number for _, number in reversed(order[low:high])]

@@ -1,0 +1,180 @@
+"""One layer on rows that come from different batches: joined, run, asked, parted again.
+
+The slow twin is :func:`rl_exit.inference.run_batch` on each text alone; a test holds the two together for any order of
+steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rl_exit.criteria import Carry, Criterion
+from rl_exit.criteria.base import compact
+from rl_exit.models.backbones import StepState, join_states
+from rl_exit.stepping import LayeredModel
+
+
+@dataclass(eq=False, slots=True)
+class Passage:
+    """A text inside the model.
+
+    Attributes:
+        tokens: Token ids, int [T], T >= 1.
+        types: Segment ids, int [T], where the tokenizer has segments.
+        rule: When it leaves.
+        chunk: Where its state lies after a layer; None before layer 1.
+        index: Its row there.
+    """
+
+    tokens: npt.NDArray[Any]
+    types: npt.NDArray[Any] | None
+    rule: Criterion
+    chunk: Chunk | None = None
+    index: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Survivors of one step under one rule: their states [B, T, H] and the rule's memory of them."""
+
+    state: StepState
+    carry: Carry
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step did.
+
+    Attributes:
+        left: Positions of the rows that left, in the order of ``logits``.
+        logits: float32 [len(left), C] on the CPU.
+        stay: Positions of the others; their passages know where their states lie.
+        tokens: Tokens that ran, padding included.
+    """
+
+    left: list[int]
+    logits: Tensor
+    stay: list[int]
+    tokens: int
+
+
+@torch.inference_mode()
+def run_step(model: LayeredModel, layer: int, passages: Sequence[Passage], pad_token_id: int) -> StepOutcome:
+    """Run a layer on passages that all wait for it, and ask each one's rule.
+
+    Args:
+        model: In evaluation mode.
+        layer: 1..L; at L all leave.
+        passages: B >= 1, of any earlier steps.
+        pad_token_id: Fills up shorter rows before layer 1.
+
+    Raises:
+        ValueError: No passages, or the model is in training mode.
+    """
+    if model.training or not passages:
+        raise ValueError("run_step needs passages and a model in evaluation mode")
+    order, state, parts = _begin(model, passages, pad_token_id) if layer == 1 else _gather(passages)
+    state = model.backbone.step(layer, state)
+    left: list[int] = []
+    stay: list[int] = []
+    logits = []
+    for rule, rows in _by_rule(passages, order):
+        whole = len(rows) == len(order)
+        part = state if whole else state.select(torch.tensor(rows), length=int(state.lengths[rows].max()))
+        view = model.view(layer, part)
+        carry = rule.start(len(rows), part.hidden.device) if layer == 1 else _carry_of(rows, parts)
+        last = layer == model.num_layers
+        leave = (view.everyone(True) if last else rule.leave(layer, view, carry)).cpu()
+        leaving = leave.nonzero().squeeze(1)
+        if len(leaving):
+            left += [order[rows[row]] for row in leaving.tolist()]
+            answer = getattr(rule, "answer", None)  # a rule may answer otherwise than the exit does
+            said = view.logits if answer is None else answer(layer, view, carry)
+            logits.append(said[leaving.to(view.device)].float().cpu())
+        if len(leaving) < len(rows):
+            staying = (~leave).nonzero().squeeze(1)
+            if len(leaving) or part.length > int(part.lengths.max()):
+                part = part.select(staying, length=int(part.lengths[staying].max()))
+                carry = compact(carry, staying.to(view.device))
+            chunk = Chunk(part, carry)
+            for index, row in enumerate(staying.tolist()):
+                passage = passages[order[rows[row]]]
+                passage.chunk, passage.index = chunk, index
+                stay.append(order[rows[row]])
+    for position in left:
+        passages[position].chunk = None
+    found = torch.cat(logits) if logits else torch.empty(0)
+    return StepOutcome(left, found, stay, state.batch_size * state.length)
+
+
+Parts = list[tuple[Chunk, list[int]]]
+Gathered = tuple[list[int], StepState, Parts]
+
+
+def _begin(model: LayeredModel, passages: Sequence[Passage], pad_token_id: int) -> Gathered:
+    """Embed; the rows keep their order."""
+    lengths = np.fromiter((len(passage.tokens) for passage in passages), dtype=np.int64, count=len(passages))
+    shape = (len(passages), int(lengths.max()))
+    ids = np.full(shape, pad_token_id, dtype=np.int64)
+    types = np.zeros(shape, dtype=np.int64)
+    for row, passage in enumerate(passages):
+        ids[row, : lengths[row]] = passage.tokens
+        if passage.types is not None:
+            types[row, : lengths[row]] = passage.types
+    batch = {"input_ids": ids, "attention_mask": (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)}
+    if passages[0].types is not None:
+        batch["token_type_ids"] = types
+    device = model.device
+    state = model.backbone.begin(**{key: torch.from_numpy(value).to(device) for key, value in batch.items()})
+    return list(range(len(passages))), state, []
+
+
+def _gather(passages: Sequence[Passage]) -> Gathered:
+    """Collect rows from the chunks where they lie: the positions in the order of the rows, the state, the parts."""
+    places: dict[int, tuple[Chunk, list[int]]] = {}
+    for position, passage in enumerate(passages):
+        assert passage.chunk is not None
+        places.setdefault(id(passage.chunk), (passage.chunk, []))[1].append(position)
+    order: list[int] = []
+    states = []
+    parts: Parts = []
+    for chunk, positions in places.values():
+        rows = [passages[position].index for position in positions]
+        order += positions
+        parts.append((chunk, rows))
+        states.append(chunk.state)
+        if rows != list(range(chunk.state.batch_size)):
+            wanted = torch.tensor(rows)
+            states[-1] = chunk.state.select(wanted, length=int(chunk.state.lengths[wanted].max()))
+    return order, join_states(states) if len(states) > 1 else states[0], parts
+
+
+def _by_rule(passages: Sequence[Passage], order: Sequence[int]) -> Iterable[tuple[Criterion, list[int]]]:
+    """Rows of the state by their rule; usually all of them."""
+    groups: dict[int, tuple[Criterion, list[int]]] = {}
+    for row, position in enumerate(order):
+        rule = passages[position].rule
+        groups.setdefault(id(rule), (rule, []))[1].append(row)
+    return groups.values()
+
+
+def _carry_of(rows: Sequence[int], parts: Parts) -> Carry:
+    """Memory of some rows of a gathered state. A chunk has one rule, so the rows are those of whole parts."""
+    wanted = set(rows)
+    first = 0
+    carries = []
+    for chunk, indices in parts:
+        if first in wanted:
+            index = torch.tensor(indices, device=chunk.state.hidden.device)
+            carries.append(compact(chunk.carry, index))
+        first += len(indices)
+    if len(carries) == 1:
+        return carries[0]
+    return {key: torch.cat([carry[key] for carry in carries]) for key in carries[0]}

@@ -1,0 +1,242 @@
+"""rl-exit serve as its users see it: the command, the port, the page, a replica that dies, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from headless_browser import browsing, found
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from typer.testing import CliRunner
+
+from rl_exit import EarlyExitModel
+from rl_exit.cli import app
+from rl_exit.cluster import serving
+from rl_exit.cluster.serving import Replicas, ServeOptions, check_address
+from rl_exit.errors import ConfigError, UserError
+from rl_exit.serving.http import Refusal
+from rl_exit.serving.schema import Wish
+
+TEXTS = ["the old cat", "a hammer", "my red drill near the dog", "saw"]
+
+
+class Dying:
+    """A deployment handle of which the first calls meet replicas that die."""
+
+    def __init__(self, deaths: int) -> None:
+        self.deaths = deaths
+        self.calls = 0
+        self.answer = self
+
+    async def remote(self, *words: Any) -> dict[str, Any]:
+        self.calls += 1
+        if self.calls <= self.deaths:
+            raise ActorDiedError() if self.calls % 2 else ActorUnavailableError("gone", None)
+        return {"answers": [{"label": "cat"}], "replica": "1", "state": {}}
+
+
+def test_a_request_whose_replica_dies_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "FIRST_WAIT", 0.0)
+    retries: list[int] = []
+    handle = Dying(3)
+    backend = Replicas(handle, lambda: retries.append(1))
+    assert asyncio.run(backend.answer(["cat"], None, Wish())) == [{"label": "cat"}]
+    assert handle.calls == 4 and len(retries) == 3
+    with pytest.raises(Refusal, match="8 replicas"):
+        asyncio.run(Replicas(Dying(99)).answer(["cat"], None, Wish()))
+
+
+@pytest.mark.parametrize(
+    "words", [{"port": 0}, {"replicas": 0}, {"batch_size": 0}, {"deadline": -1.0}, {"batching": "other"}]
+)
+def test_options_out_of_range_are_refused(words: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="accepted"):
+        ServeOptions("model", **words)
+
+
+def test_an_address_that_cannot_be_used_is_one_message() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"127.0.0.1:{port}: Address already in use; choose another with --port"):
+            check_address("127.0.0.1", port)
+        done = CliRunner().invoke(app, ["serve", "nowhere", "--port", str(port)])
+        assert done.exit_code == 2 and "already in use" in done.stderr
+    check_address("127.0.0.1", port)
+    with pytest.raises(UserError, match="cannot listen at 192"):
+        check_address("192.0.2.1", 8000)
+
+
+def test_a_model_that_is_not_there_is_one_message(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["serve", str(tmp_path / "nothing"), "--port", str(_free_port())])
+    assert done.exit_code == 2 and "nothing" in done.stderr and "Traceback" not in done.stderr
+
+
+def _free_port() -> int:
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        return int(tried.getsockname()[1])
+
+
+class Server:
+    """The command in a process of its own."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self.port = _free_port()
+        self.log = log
+        command = [sys.executable, "-c", "from rl_exit.cli import main; main()", "serve", str(folder)]
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [*command, f"--port={self.port}", "--replicas=2"], stdout=out, stderr=subprocess.STDOUT
+            )
+
+    def wait(self, seconds: float = 240.0) -> None:
+        until = time.monotonic() + seconds
+        while "serving " not in self.log.read_text():
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
+            time.sleep(0.1)
+
+    def post(self, path: str, body: Any) -> tuple[int, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=100) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
+            return str(response.read().decode())
+
+    def replicas(self) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [one for one in children if "ServeReplica:rl-exit:model" in " ".join(one.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "model"
+    EarlyExitModel.from_backbone(str(tiny_backbone), ["animal", "tool"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(model_folder, tmp_path_factory.mktemp("log") / "serve.log")
+    try:
+        made.wait()
+        yield made
+    finally:
+        if made.process.poll() is None:
+            made.process.send_signal(signal.SIGTERM)
+            made.process.wait(90)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)  # the server starts here
+def test_answers_are_those_of_predict(server: Server, model_folder: Path) -> None:
+    expected = EarlyExitModel.from_pretrained(model_folder).predict(TEXTS)
+    status, answers = server.post("/v1/predict/batch", {"texts": TEXTS})
+    assert status == 200
+    for answer, one in zip(answers["predictions"], expected, strict=True):
+        assert (answer["label"], answer["exit_layer"]) == (one.label, one.exit_layer)
+        assert answer["probabilities"] == pytest.approx(one.probabilities, abs=1e-5)
+    assert json.loads(server.get("/healthz")) == {"status": "ok"}
+    assert 'rl_exit_texts_left_total{layer="3"}' in server.get("/metrics")
+    assert server.post("/v1/predict", {"text": 3})[0] == 422
+    assert server.post("/v1/predict", {"text": "a" * 1_100_000})[0] == 413
+    assert server.post("/v1/predict/batch", {"texts": ["cat"] * 10_000})[0] == 413
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(found() is None, reason="there is no chromium with chromedriver here")
+def test_the_page_in_a_real_browser(server: Server, tmp_path: Path) -> None:
+    with browsing(tmp_path / "profile") as browser:
+        browser.open(f"http://127.0.0.1:{server.port}/")
+        browser.wait("return document.getElementById('point').options.length == 2")
+        assert "3 layers, animal, tool" in browser.text("#about")
+        browser.type("#text", "the old cat <b>near</b> my saw")
+        browser.click("#go")
+        browser.wait("return !document.getElementById('answer').hidden")
+        expected = server.post("/v1/explain", {"text": "the old cat <b>near</b> my saw"})[1]
+        assert browser.text("#label") == expected["label"]
+        assert browser.text("#layer") == str(expected["exit_layer"])
+        assert browser.text("#rows tr.exit td") == str(expected["exit_layer"])
+        meters = browser.run("return [...document.querySelectorAll('#rows meter')].map((meter) => meter.value)")
+        assert meters == pytest.approx([layer["exit_probability"] for layer in expected["layers"]], abs=1e-4)
+        assert "ms at full depth" in browser.text("#time") and "times as fast" in browser.text("#time")
+        browser.run("document.getElementById('point').value = 'full-depth'; return 1")
+        browser.click("#go")
+        browser.wait("return document.getElementById('layer').textContent == '3'")
+        assert browser.errors() == []
+        browser.run("document.getElementById('text').value = '   '; return 1")
+        browser.click("#go")
+        browser.wait("return !document.getElementById('problem').hidden")
+        assert "blank" in browser.text("#problem")
+
+
+@pytest.mark.ray
+def test_a_replica_killed_under_load_loses_no_request(server: Server) -> None:
+    answers: list[tuple[int, Any]] = []
+    until = time.monotonic() + 4
+
+    def ask() -> None:
+        while time.monotonic() < until:
+            answers.append(server.post("/v1/predict/batch", {"texts": TEXTS * 8, "threshold": 1}))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    victims = server.replicas()
+    assert len(victims) == 2
+    victims[0].send_signal(signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    assert len(answers) > 16
+    assert {status for status, _ in answers} == {200}
+    assert all(len(found["predictions"]) == 32 for _, found in answers)
+    retries = next(line for line in server.get("/metrics").splitlines() if line.startswith("rl_exit_retries_total"))
+    assert float(retries.split()[1]) >= 1, "the kill must have hit a request on its way"
+    assert not victims[0].is_running() or victims[0].status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.ray
+def test_sigterm_answers_open_requests_and_ends_with_code_0(server: Server) -> None:
+    """Last: the server is gone after it."""
+    answers: list[tuple[int, Any]] = []
+    threads = [
+        threading.Thread(
+            target=lambda: answers.append(server.post("/v1/predict/batch", {"texts": TEXTS * 64, "threshold": 1}))
+        )
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 30
+    while "rl_exit_texts_inside 0" in server.get("/metrics") and not answers and time.monotonic() < until:
+        pass
+    server.process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    assert [status for status, _ in answers if status != 503] and {status for status, _ in answers} <= {200, 503}
+    assert server.process.wait(90) == 0
+    assert "ended; no open requests were left unanswered" in server.log.read_text()
+    with pytest.raises(OSError):
+        server.get("/healthz")

@@ -1,0 +1,91 @@
+"""Groups of rows: split, joined, advanced in any order, they answer as alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl_exit import EarlyExitModel
+from rl_exit.criteria import ConsistentEE, Fixed, criterion
+from rl_exit.pooling import DepthPool
+from rl_exit.stepping import Survivors, advance, enter, join
+
+
+@pytest.fixture(scope="module")
+def model(tiny_backbone: Path) -> EarlyExitModel:
+    return EarlyExitModel.from_backbone(
+        str(tiny_backbone), ("a", "b", "c"), pooling="mean", policy_inputs="answers", policy_shared=True
+    ).eval()
+
+
+def batch_of(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(4, 20, mask.shape, generator=generator) * mask, "attention_mask": mask}
+
+
+def finish(model: EarlyExitModel, group: Survivors, rule) -> dict[int, torch.Tensor]:
+    answers = {}
+    while True:
+        step = advance(model, group, rule)
+        if step.left is not None:
+            answers |= dict(zip(step.left.rows.tolist(), step.left.logits, strict=True))
+        if step.inside is None:
+            return answers
+        group = step.inside
+
+
+@pytest.mark.parametrize("rule", [ConsistentEE(1.0), criterion("pabee", patience=3), criterion("pcee", threshold=0.0)])
+@torch.inference_mode()
+def test_joined_and_split_groups_answer_as_alone(model, rule):
+    """Two requests of different length meet after layer 1 and part again after layer 2, with all that is remembered."""
+    batches = [batch_of(3, 9, seed=1), batch_of(6, 2, 4, seed=2)]
+    expected = finish(model, enter(model, batches[0], rule), rule) | finish(
+        model, enter(model, batches[1], rule, torch.tensor([2, 3, 4])), rule
+    )
+    one = advance(model, enter(model, batches[0], rule), rule).inside
+    two = advance(model, enter(model, batches[1], rule, torch.tensor([2, 3, 4])), rule).inside
+    assert one is not None and two is not None
+    both = advance(model, join([two, one]), rule).inside
+    assert both is not None and both.rows.tolist() == [2, 3, 4, 0, 1]
+    first, rest = both.split(2)
+    assert rest is not None and (len(first), len(rest)) == (2, 3)
+    found = finish(model, rest, rule) | finish(model, first, rule)
+    assert found.keys() == expected.keys() == set(range(5))
+    for row, logits in expected.items():
+        torch.testing.assert_close(found[row], logits, atol=1e-5, rtol=0)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3, "rows must be told apart"
+
+
+@torch.inference_mode()
+def test_who_left_is_named(model):
+    step = advance(model, enter(model, batch_of(3, 4), Fixed(1), torch.tensor([7, 9])), Fixed(1))
+    assert step.inside is None and step.left is not None
+    assert (step.left.layer, step.left.rows.tolist(), tuple(step.left.logits.shape)) == (1, [7, 9], (2, 3))
+
+
+@torch.inference_mode()
+def test_what_cannot_be_joined_is_refused(model):
+    rule = criterion("pabee", patience=2)
+    start = enter(model, batch_of(3, 4), rule)
+    later = advance(model, enter(model, batch_of(3, 4), rule), rule).inside
+    other = advance(model, enter(model, batch_of(3, 4), Fixed(3)), Fixed(3)).inside
+    assert later is not None and other is not None
+    for groups, told in (([], "same layer"), ([start, later], "same layer"), ([later, other], "one criterion")):
+        with pytest.raises(ValueError, match=told):
+            join(groups)
+
+
+@torch.inference_mode()
+def test_the_pool_is_first_come_first_served(model):
+    pool, rule = DepthPool(model.num_layers), Fixed(3)
+    for number in (0, 10, 20):
+        pool.put(enter(model, batch_of(3, 4, seed=number), rule, torch.tensor([number, number + 1])))
+    assert (len(pool), pool.waiting(0), pool.deepest(7), pool.deepest(6), pool.shallowest()) == (6, 6, None, 0, 0)
+    assert pool.take(0, 3).rows.tolist() == [0, 1, 10]
+    assert pool.take(0, 3).rows.tolist() == [11, 20, 21]
+    assert pool.shallowest() is None
+    with pytest.raises(ValueError, match="nobody waits"):
+        pool.take(0, 1)
