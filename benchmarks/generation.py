@@ -40,7 +40,7 @@ from rl_exit.writing import write_texts
 
 GUARANTEE = 0.1  # share of a response's tokens that Learn-then-Test lets change
 GRID = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.0)  # of its lambda
-PRICES = (0.03, 0.08, 0.13, 0.18, 0.25, 0.35)
+PRICES = (0.1, 0.17, 0.19, 0.2, 0.21, 0.23)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Put the results of finished runs into benchmarks/results/runs.json.
+"""Put the results of finished runs into benchmarks/results/runs.json; a decoder's into writing-<name>.json.
 
 Run ``python benchmarks/record_runs.py runs/sst2 ...``; runs already recorded under the same name are replaced. Then
 ``python benchmarks/render.py`` rewrites the tables.
@@ -20,6 +20,10 @@ COMMANDS = {
     "stackoverflow": "rl-exit train configs/stackoverflow.yaml task.path=...",
     "sst2": "rl-exit train configs/sst2.yaml task.path=...",
     "mrpc": "rl-exit train configs/mrpc.yaml task.path=...",
+    "alpaca": "rl-exit train configs/alpaca.yaml model.backbone=stories260k model.max_length=256 task.max_train=160 "
+    "task.max_dev=12 task.max_test=20 generation.samples=8 generation.max_new_tokens=24 generation.points=0",
+    "stories-0": "rl-exit train configs/stories.yaml seed=0 init.epochs=12 policy.epochs=30 generation.samples=32",
+    "stories-1": "rl-exit train configs/stories.yaml seed=1 init.epochs=12 policy.epochs=30 generation.samples=16",
 }
 
 
@@ -28,12 +32,17 @@ def main(folders: list[str]) -> None:
     recorded: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for folder in folders:
         results = json.loads((Path(folder) / "results.json").read_text())
-        recorded[results["run_name"]] = {
+        entry = {
             "command": COMMANDS.get(results["run_name"], "rl-exit train"),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
             "results": results,
         }
+        if results.get("kind") == "generation":
+            path = RESULTS.with_name(f"writing-{results['run_name']}.json")
+            path.write_text(json.dumps(entry, indent=2) + "\n")
+            continue
+        recorded[results["run_name"]] = entry
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(recorded, indent=2) + "\n")
 

@@ -17,6 +17,8 @@ from rl_exit.models.causal import EarlyExitCausalModel
 from rl_exit.progress import Silent
 from rl_exit.trainers import token_steps
 from rl_exit.trainers.alternation import train
+from rl_exit.trainers.analyse import analyse
+from rl_exit.trainers.compare_groups import open_runs
 from rl_exit.trainers.evaluate import evaluate_model
 
 CONFIG = Path(__file__).parents[2] / "configs" / "generation.yaml"
@@ -82,6 +84,10 @@ def test_a_finished_run_is_told_not_repeated(finished: Path):
     assert train(config, Silent(), resume=True) == read_json(finished / "results.json")
     with pytest.raises(UserError, match="generat"):
         evaluate_model(finished, [], None, None, 8)
+    with pytest.raises(UserError, match="decoder writes text"):
+        analyse(finished, Silent())
+    with pytest.raises(UserError, match="decoder writes text"):
+        open_runs([finished])
 
 
 def test_a_run_that_dies_goes_on_to_the_same_weights(small_text: None, tmp_path: Path, monkeypatch):

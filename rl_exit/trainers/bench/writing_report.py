@@ -13,14 +13,17 @@ from rl_exit.report_generation import RULES
 SPEEDS = (1.25, 1.5, 2.0)
 """Full depth over mean exit layer at which the curves are read."""
 
+GAP = 0.3
+"""Of saved layers: between points further apart a curve is not read."""
+
 Points = Sequence[dict[str, Any]]
 
 
 def read_at(points: Points, saved: float, value: Callable[[dict[str, Any]], float], by: str) -> float | None:
-    """A curve's value at a share of saved layers, on the line between its neighbours; None beyond its ends."""
+    """A curve's value at a share of saved layers, on the line between near neighbours; None where there are none."""
     ordered = sorted((row[by], value(row)) for row in points)
     for (x0, y0), (x1, y1) in itertools.pairwise(ordered):
-        if x0 <= saved <= x1:
+        if x0 <= saved <= x1 and x1 - x0 <= GAP:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (saved - x0) / (x1 - x0)
     return None
 
