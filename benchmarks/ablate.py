@@ -35,7 +35,7 @@ from rl_exit.progress import Silent
 from rl_exit.seeding import derive_seed
 from rl_exit.trainers.alternation import policy_settings
 from rl_exit.trainers.policy_phase import train_policy
-from rl_exit.trainers.policy_store import fit_answers, policy_store
+from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
 from rl_exit.trainers.run_directory import RunDirectory, versions
 from rl_exit.trainers.store_evaluation import answers_of, exit_logits_of
 from rl_exit.trainers.store_phase import build_store
@@ -148,8 +148,8 @@ def _measure(run: RunDirectory) -> dict[str, MethodFigures]:
         kept = StateStore.open(first / "store-train")
         # Store -> what the policy learns from there, and what it answers on the measured split.
         own = {}
-        for source in (kept, fitted):
-            found_heads = fit_answers(source, derive_seed(run.config.seed, "answers", 1))
+        for source, ids in ((kept, held_ids(run.path)), (fitted, None)):
+            found_heads = fit_answers(source, derive_seed(run.config.seed, "answers", 1), ids)
             own[source.path] = found_heads.answers, answers_of(measured, found_heads.heads)
 
         def figures(scores: Any, answers: Any) -> MethodFigures:

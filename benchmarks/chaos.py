@@ -77,6 +77,9 @@ PLACES = {
     "task": Place("trained", "round-1-task", "round 1: task step"),
     "store": Place("spread", "round-2-store", "round 2: states of train", 3),
     "policy": Place("spread", "round-2-policy", "round 2: policy", 8),
+    "local init": Place("local", "init", "initialisation"),
+    "local store": Place("local", "round-2-store", "round 2: states of train", 3),
+    "local task": Place("local", "round-1-task", "round 1: task step"),
 }
 
 
@@ -100,6 +103,10 @@ FAULTS = [
     Fault("node removed, state store", "store", "ShardWorker", "raylet"),
     Fault("node removed, initialisation", "init", "RayTrainWorker", "raylet"),
     Fault("node removed, task step", "task", "RayTrainWorker", "raylet"),
+    Fault("disk full, run in one process, initialisation", "local init", "", "full"),
+    Fault("disk full, run in one process, state store", "local store", "", "full"),
+    Fault("storage away for 30 s, run in one process, state store", "local store", "", "away"),
+    Fault("storage away for 30 s, run in one process, task step", "local task", "", "away"),
     Fault("disk full, state store", "store", "", "full"),
     Fault("disk full, task step", "task", "", "full"),
     Fault("storage away for 30 s, state store", "store", "", "away"),
@@ -130,6 +137,8 @@ class Watched:
     def step(self, title: str, total: float) -> Iterator[Any]:
         place, outer = self.place, self
         here, seen = place is not None and title.startswith(place.title), 0
+        if here and self.harmed is not None:
+            self.passed = None  # the step is done again: what it had done before was not believed
 
         class Bar:
             def update(self, done: float, note: str = "") -> None:
@@ -196,15 +205,17 @@ class Desk:
     def stop_cluster(self) -> None:
         import ray
 
-        ray.shutdown()
         if self.cluster is not None:
+            ray.shutdown()
             self.cluster.shutdown()
         self.cluster = None
 
-    def join(self) -> None:
-        """Connect this process and have three nodes."""
+    def join(self, kind: str) -> None:
+        """Connect this process and have three nodes; a run in one process needs neither."""
         import ray
 
+        if kind == "local":
+            return
         if self.cluster is None:
             self.start_cluster()
         if not ray.is_initialized():
@@ -234,7 +245,7 @@ class Desk:
 
         RunDirectory.run_step = keeping  # type: ignore[method-assign]
         try:
-            self.join()
+            self.join(kind)
             self.drive(kind, output, Watched(None))
         finally:
             RunDirectory.run_step = original  # type: ignore[method-assign]
@@ -311,7 +322,7 @@ def prepare(desk: Desk, place: Place, output: Path) -> None:
 
 def in_process(desk: Desk, fault: Fault, place: Place, output: Path) -> Watched:
     prepare(desk, place, output)
-    desk.join()
+    desk.join(place.kind)
 
     def harm() -> None:
         pid, raylet = desk.roles(fault.role)[-1]
@@ -342,7 +353,7 @@ def disk_full(desk: Desk, fault: Fault, place: Place, output: Path) -> Watched:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "chaos", str(disk)], check=True)
     try:
         prepare(desk, place, disk)
-        desk.join()
+        desk.join(place.kind)
         filler = disk / "filler"
 
         def harm() -> None:
@@ -376,7 +387,7 @@ def storage_away(desk: Desk, fault: Fault, place: Place, output: Path) -> Watche
     real.mkdir()
     mount.mkdir()
     prepare(desk, place, real)
-    desk.join()
+    desk.join(place.kind)
 
     def attach() -> None:
         subprocess.run(["mount", "--bind", str(real), str(mount)], check=True)

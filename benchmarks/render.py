@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -287,6 +288,73 @@ def overhead(results: dict[str, Any]) -> str:
     )
 
 
+def inference(results: dict[str, Any]) -> str:
+    """Time saved by layers saved, by model and batch size; and the guarantee."""
+    header = [
+        "model, batch size",
+        "layers",
+        "by tokens",
+        "time",
+        "time / layers",
+        "plain",
+        "alone",
+        "nobody leaves",
+        "off the wish",
+    ]
+    rows, promises = [], []
+    for name, model in results["models"].items():
+        for size, row in model["engine"].items():
+            for clock, found in (("", row), (" (processor time)", row["by_processor_time"])):
+                rows.append(
+                    [
+                        f"{name}, {size}{clock}",
+                        f"{row['layer_speedup']:.2f}",
+                        f"{row['layer_speedup_by_tokens']:.2f}",
+                        *(f"{found[key]:.2f}" for key in ("speedup", "time_per_layer_speedup")),
+                        f"{found['time_per_layer_speedup_plain']:.2f}",
+                        f"{found['time_per_layer_speedup_alone']:.2f}",
+                        f"{100 * found['no_exit_overhead']:+.1f} %",
+                        f"{100 * (found['speedup'] / model['asked_for'] - 1):+.1f} %",
+                    ]
+                )
+        found = model["guarantee"]
+        promises.append(
+            f"- {name}: calibrated on {found['calibration_texts']} texts for at most {100 * found['max_loss']:g} point "
+            f"at {100 * found['confidence']:g} %, over {found['splits']} splits: broken on the other half in "
+            f"{100 * found['broken_on_the_other_half']:.1f} %, of a known whole in "
+            f"{100 * found['broken_of_a_known_whole']:.1f} %; nothing certified in {100 * found['refused']:.1f} %; "
+            f"{100 * found['saved_layers']:.0f} % of layers saved on average.\n"
+        )
+    where = results["where"]
+    origin = (
+        f"`{results['command']}`, {results['date']}: {where['cpu']}, one thread, torch {where['versions']['torch']}; "
+        f"load average {results['load_average']}.\n"
+    )
+    return f"{markdown_table(header, rows)}\n{''.join(promises)}\n{origin}"
+
+
+def dial(results: dict[str, Any]) -> str:
+    """The dial's curve beside policies trained for one price each."""
+    header = ["model, speed", "dial: mean exit layer", "accuracy", "one price: mean exit layer", "accuracy"]
+    rows = [
+        [
+            f"{name}, {row['speed']:g}",
+            f"{row['dial']['mean_exit_layer']:.2f}",
+            f"{100 * row['dial']['accuracy']:.2f}",
+            f"{row['alone']['mean_exit_layer']:.2f}",
+            f"{100 * row['alone']['accuracy']:.2f}",
+        ]
+        for name, found in results["models"].items()
+        for row in found["curve"]
+    ]
+    notes = "".join(
+        f"- {name}: trained on {found['trained_on']} held-out texts, measured on {found['measured_on']}; full depth "
+        f"{100 * found['full_depth']:.2f}.\n"
+        for name, found in results["models"].items()
+    )
+    return f"{markdown_table(header, rows)}\n{notes}\n`{results['command']}`, {results['date']}.\n"
+
+
 SERVED = {"pooled": "pooled", "plain": "plain batching", "full_depth": "full depth, plain batching"}
 
 
@@ -323,9 +391,23 @@ def serving(results: dict[str, Any]) -> str:
     return f"{origin}\n{load}\n{equal}"
 
 
+def _late_growth(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Growth once everything is warm: median of the last third less that of the middle third, by process."""
+    third = len(samples) // 3
+    middle, last = samples[third : 2 * third], samples[2 * third :]
+    return {name: median(s[name] for s in last) - median(s[name] for s in middle) for name in samples[0]}
+
+
 def trials(results: dict[str, dict[str, Any]]) -> str:
     """What the server went through: a killed replica, a long load, random requests."""
     lines = []
+    alone = results.get("serving-engine")
+    if alone is not None:
+        rates = ", ".join(f"{kind} {rate:.0f}" for kind, rate in alone["texts_per_s"].items())
+        lines.append(
+            f"- The model alone on one thread, {alone['texts']} single texts there from the start, no HTTP; texts "
+            f"a second: {rates} (`{alone['command']}`, {alone['date'][:10]}).\n"
+        )
     for name in ("chaos", "soak", "fuzz"):
         found = results.get(f"serving-{name}")
         if found is None:
@@ -333,16 +415,16 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
             continue
         if name == "chaos":
             said = (
-                f"{found['killed']} of {found['replicas']} replicas killed in turn under {found['offered_per_s']:g} "
+                f"{found['killed']} times one of {found['replicas']} replicas killed under {found['offered_per_s']:g} "
                 f"requests a second: {found['requests']} requests, {found['lost']} lost, "
                 f"{found['given_to_another_replica']:.0f} given to another replica; p95 {found['p95_ms']:.0f} ms"
             )
         elif name == "soak":
-            growth = ", ".join(f"{k} {v:+.1f} MB" for k, v in found["growth_mb_second_half_over_first"].items())
+            growth = ", ".join(f"{k} {v:+.1f} MB" for k, v in _late_growth(found["resident_mb"]).items())
             said = (
                 f"{found['minutes']:g} minutes of {found['offered_per_s']:g} requests a second: "
-                f"{found['answered']} of {found['requests']} answered; resident memory, median of the second half "
-                f"against that of the first: {growth}"
+                f"{found['answered']} of {found['requests']} answered; resident memory, median of the last third "
+                f"of the time against that of the middle third: {growth}"
             )
         else:
             statuses = ", ".join(f"{status}: {count}" for status, count in found["statuses"].items())
@@ -409,6 +491,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "chaos": ("chaos", chaos),
     "scaling": ("scaling", scaling),
     "overhead": ("overhead", overhead),
+    "inference": ("inference", inference),
+    "dial": ("dial", dial),
     "serving": ("serving-load", serving),
     "trials": ("serving-*", trials),
     "curves": ("curves-*", curves),

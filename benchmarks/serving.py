@@ -1,4 +1,4 @@
-"""Load, chaos, soak and fuzz of ``rl-exit serve``, over loopback; see benchmarks/README.md, "serving".
+"""Load, engine alone, chaos, soak and fuzz of ``rl-exit serve``, over loopback; see benchmarks/README.md, "serving".
 
 python benchmarks/serving.py load MODEL > benchmarks/results/serving-load.json
 python benchmarks/serving.py chaos MODEL > benchmarks/results/serving-chaos.json
@@ -272,6 +272,55 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def engine(args: argparse.Namespace) -> dict[str, Any]:
+    """Texts a second of the model alone, all there from the start, without HTTP: what each part of pooling brings."""
+    import math
+    from dataclasses import replace
+
+    import torch
+
+    from rl_exit import EarlyExitModel
+    from rl_exit.serving.engine import PooledEngine, gathered, measure_rules
+    from rl_exit.serving.schema import Wish
+    from rl_exit.serving.service import ModelService, run_together
+
+    torch.set_num_threads(1)
+    model = EarlyExitModel.from_pretrained(args.model).eval()
+    rules = measure_rules(model, args.batch_size, 0.002)
+    service = ModelService(model, rules)
+    texts = service.tokenised([request[0] for request in mixed_requests(args.texts, args.seed, [1])], None)
+    rule = service.rule_for(Wish())
+
+    def pooled(**changes: Any) -> None:
+        one = PooledEngine(model, replace(rules, **changes))
+        gathered(one.submit(texts, rule))
+        one.close()
+
+    def plain(size: int) -> None:
+        for start in range(0, args.texts, size):
+            run_together(model, [(texts.take(range(start, min(start + size, args.texts))), rule)])
+
+    kinds: dict[str, Any] = {
+        "pooled": pooled,
+        "pooled by depth alone, texts of any length": lambda: pooled(overhead=math.inf, batch_tokens=10**9),
+        **{f"plain, batch size {size}": (lambda size=size: plain(size)) for size in (1, 4, 8, 32)},
+    }
+    runs: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(3):
+        for kind, work in kinds.items():
+            started = time.perf_counter()
+            work()
+            runs[kind].append(args.texts / (time.perf_counter() - started))
+    service.close()
+    return {
+        "texts": args.texts,
+        "overhead_tokens": rules.overhead,
+        "batch_tokens": rules.batch_tokens,
+        "texts_per_s": {kind: float(np.median(found)) for kind, found in runs.items()},
+        "runs": runs,
+    }
+
+
 def fuzz(args: argparse.Namespace) -> dict[str, Any]:
     """Random requests, right and wrong, against every path of the schema; counts statuses."""
     rng = random.Random(args.seed)
@@ -381,10 +430,10 @@ def drawn(part: dict[str, Any], rng: random.Random) -> Any:
 
 
 def main() -> None:
-    """Run one of the four and print its record."""
+    """Run one of the five and print its record."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, work in (("load", load), ("chaos", chaos), ("soak", soak), ("fuzz", fuzz)):
+    for name, work in (("load", load), ("chaos", chaos), ("soak", soak), ("fuzz", fuzz), ("engine", engine)):
         sub = commands.add_parser(name)
         sub.set_defaults(work=work)
         sub.add_argument("model")
@@ -399,6 +448,7 @@ def main() -> None:
         sub.add_argument("--kills", type=int, default=2)
         sub.add_argument("--minutes", type=float, default=10.0)
         sub.add_argument("--requests", type=int, default=2500)
+        sub.add_argument("--texts", type=int, default=160)
         sub.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -33,7 +33,10 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("policy.epochs=true", "policy.epochs = True (bool): input should be a valid integer"),
         ("seed=-1", "seed = -1 (int): input should be greater than or equal to 0"),
         ("init.lr=.nan", "init.lr = nan (float)"),
-        ("reward.name=fast", "reward.name = 'fast' (str): input should be 'hardness', 'vanilla',"),
+        (
+            "reward.name=fast",
+            "reward.name = 'fast' (str): input should be 'hardness', 'vanilla', 'correctness' or 'agreement'",
+        ),
         ("policy.trajectories=1", "policy.trajectories = 1 (int): input should be greater than or equal to 2"),
         ("policy.epsilon_final=0.5", "policy.epsilon_final must not exceed policy.epsilon"),
         ("name=a/b", "name: a plain folder name is accepted"),

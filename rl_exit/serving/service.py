@@ -188,10 +188,13 @@ def _explained(model: Any, instances: Instances, rule: Criterion) -> dict[str, A
             if exits:
                 exit_layer = int(out.exit_layer[0])
     every = model.all_exits(**batch)
+    # The policy may answer by heads of its own; other rules leave it to the exits.
+    own = getattr(rule, "answer", None) is not None
+    said = model.answers(every.states, every.logits) if own else every.logits
     policy = [*model.exit_logits(every.states, every.logits)[0].float().sigmoid().tolist(), 1.0]
     names = model.config.id2label
     layers, inside = [], 1.0
-    for layer, (chance, row) in enumerate(zip(policy, every.logits[0].float().softmax(-1), strict=True), start=1):
+    for layer, (chance, row) in enumerate(zip(policy, said[0].float().softmax(-1), strict=True), start=1):
         number = int(row.argmax())
         layers.append(
             {

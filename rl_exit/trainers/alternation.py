@@ -23,7 +23,7 @@ from rl_exit.costs import read_costs, write_costs
 from rl_exit.data.instances import Instances
 from rl_exit.data.tasks import load_task, task_kind, tokenise
 from rl_exit.envs.state_store import StateStore
-from rl_exit.errors import UserError
+from rl_exit.errors import ConfigError, UserError
 from rl_exit.evaluation import SplitResult, check_metric, choose_threshold
 from rl_exit.files import read_json, telling_disk_errors, write_json
 from rl_exit.models.early_exit import EarlyExitModel
@@ -36,7 +36,7 @@ from rl_exit.trainers.finish import finish
 from rl_exit.trainers.hold_out import hold_out
 from rl_exit.trainers.initialised import take_initialised
 from rl_exit.trainers.policy_phase import PolicyPhaseSettings, PolicyProgress, train_policy
-from rl_exit.trainers.policy_store import fit_answers, policy_store
+from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
 from rl_exit.trainers.rllib.registry import algorithm_class, check_algorithm
 from rl_exit.trainers.run_clock import outlook, policy_in_words
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
@@ -125,6 +125,8 @@ class _Alternation:
         self.config = run.config
         self.display = display
         self.writes = task_kind(run.config.task) == "generation"
+        if self.writes and run.config.reward.cost == "latency":
+            raise ConfigError("reward.cost = latency: for classifiers; a decoder that writes text is trained by layers")
 
     def initialise(self) -> None:
         """Do the steps before the first round."""
@@ -282,7 +284,8 @@ class _Alternation:
         kept = self._round(number) / "store-train"
         answers = None
         if model.answer_heads is not None:
-            fitted = fit_answers(StateStore.open(kept), derive_seed(c.seed, "answers", number))
+            seed = derive_seed(c.seed, "answers", number)
+            fitted = fit_answers(StateStore.open(kept), seed, held_ids(self.run.path))
             model.answer_heads, answers = fitted.heads, fitted.answers
         with (
             policy_store(kept, c.policy.inputs, answers) as store,
@@ -301,7 +304,8 @@ class _Alternation:
         model.policy.load_state_dict(outcome.weights)
         model.save_pretrained(self._round(number) / "model")
         shutil.rmtree(self._round(number) / "policy-checkpoint", ignore_errors=True)
-        return {"warnings": list(outcome.warnings)}
+        own = {} if model.answer_heads is None else {"own_answers": list(fitted.better)}
+        return {"warnings": list(outcome.warnings), **own}
 
     def _measured_cost(self, number: int, model: EarlyExitModel) -> tuple[float, ...]:
         """Time of leaving at each layer, in layers; measured once in a round and kept, so that a resumed run agrees."""

@@ -35,7 +35,7 @@ from rl_exit.trainers.alternation import policy_settings
 from rl_exit.trainers.analyse_hardness import hardness
 from rl_exit.trainers.kept_logits import kept_logits
 from rl_exit.trainers.policy_phase import train_policy
-from rl_exit.trainers.policy_store import fit_answers, policy_store
+from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
 from rl_exit.trainers.run_directory import RunDirectory, refuse_generation, versions
 from rl_exit.trainers.store_evaluation import answers_of, evaluate_store, exit_logits_of
 from rl_exit.trainers.store_phase import model_fingerprint
@@ -82,7 +82,7 @@ def analyse(path: Path, display: Display, alphas: Sequence[float] | None = None)
         "full_depth_score": results["initial_full_depth"]["dev"],
         "exits": _exits(path, display, dev, model, results["threshold"]),
         "hardness": hardness(path, display, train, dev, model, run.config.seed),
-        **_rewards(run.config, display, train, dev, model, results, alphas),
+        **_rewards(path, run.config, display, train, dev, model, results, alphas),
         "versions": versions(),
     }
     write_json(path / FOLDER / "analysis.json", tree)
@@ -138,6 +138,7 @@ def _initial_logits(path: Path, display: Display, dev: StateStore) -> npt.NDArra
 
 
 def _rewards(
+    path: Path,
     config: RunConfig,
     display: Display,
     train: StateStore,
@@ -155,7 +156,9 @@ def _rewards(
     total = sum(len(values) for values in alphas.values())
     inputs = model.config.policy_inputs
     # Of new heads on the same instances: the model's own know these.
-    fitted = None if model.answer_heads is None else fit_answers(train, derive_seed(config.seed, "answers", "analysis"))
+    fitted = None
+    if model.answer_heads is not None:
+        fitted = fit_answers(train, derive_seed(config.seed, "answers", "analysis"), held_ids(path))
     own = None if fitted is None else answers_of(dev, fitted.heads)
     with (
         policy_store(train.path, inputs, None if fitted is None else fitted.answers) as store,

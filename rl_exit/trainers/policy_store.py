@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rl_exit.data.instances import Instances
 from rl_exit.envs.state_store import StateStore, StateStoreWriter
 from rl_exit.measurement import losses_of
 from rl_exit.models.answer_heads import FittedAnswers, fit_answer_heads
@@ -43,9 +44,36 @@ def stored_policy_input(
     return policy_input(inputs, states, figures)
 
 
-def fit_answers(store: StateStore, seed: int) -> FittedAnswers:
-    """Answer heads on the instances of a store (:func:`rl_exit.models.answer_heads.fit_answer_heads`)."""
-    return fit_answer_heads(store.states, np.array(store.logits), np.array(store.labels), store.hidden_size, seed)
+def held_ids(run: Path) -> npt.NDArray[np.int64] | None:
+    """Ids of the instances that a run has kept from its exits; None where it has kept none."""
+    path = run / "data" / "held.arrow"
+    return Instances.open(path).ids if path.is_file() else None
+
+
+def fit_answers(store: StateStore, seed: int, ids: npt.NDArray[np.int64] | None = None) -> FittedAnswers:
+    """Answer heads on the instances of a store (:func:`rl_exit.models.answer_heads.fit_answer_heads`).
+
+    Args:
+        store: What the policy learns on, N instances.
+        seed: Of the fit.
+        ids: Those of them that the exits were not fitted to, if not all (:func:`held_ids`): heads are fitted to these.
+
+    Returns:
+        Answers for all N: none from heads that were fitted to the instance.
+    """
+    every, logits, labels = np.arange(store.num_instances), np.array(store.logits), np.array(store.labels)
+    rows = every if ids is None else every[np.isin(store.ids, ids)]
+    fitted = fit_answer_heads(
+        lambda some: store.states(rows[some]), logits[rows], labels[rows], store.hidden_size, seed
+    )
+    answers = np.empty_like(fitted.answers, shape=logits.shape)
+    answers[rows] = fitted.answers
+    others = np.setdiff1d(every, rows)
+    with torch.inference_mode():
+        for start in range(0, len(others), BLOCK):
+            some = others[start : start + BLOCK]
+            answers[some] = fitted.heads(torch.from_numpy(store.states(some)), torch.from_numpy(logits[some])).numpy()
+    return fitted._replace(answers=answers)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ LONGEST_NAME = 120
 # What the initialised model does not depend on, by section or key; whatever is not named here, it may depend on.
 _LATER = (
     *("reward", "policy", "sampling", "learners", "store", "task_step", "placement", "alternation", "inference"),
-    *("storage_path", "tracking"),
+    *("generation", "storage_path", "tracking"),
     *("recipe", "algorithm", "name", "output_dir", "cluster", "keep_rounds", "init.model", "model.policy_width"),
 )
 # Of those, the ones that it does depend on after all.

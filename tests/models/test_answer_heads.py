@@ -143,6 +143,18 @@ def test_the_policy_reads_and_is_rewarded_for_its_own_answers(store, tmp_path, i
         assert path != tmp_path / "store" and path.is_dir()
 
 
+def test_heads_are_fitted_to_the_instances_named_and_answer_for_all(store):
+    ids = np.arange(0, COUNT, 2)
+    states, logits, labels = _data()
+    alone = fit_answer_heads(lambda rows: states[ids[rows]], logits[ids], labels[ids], HIDDEN, seed=4)
+    found = fit_answers(store, 4, ids)
+    assert np.array_equal(found.answers[ids], alone.answers)
+    others = np.setdiff1d(np.arange(COUNT), ids)
+    told = alone.heads(torch.from_numpy(states[others]), torch.from_numpy(logits[others]))
+    np.testing.assert_allclose(found.answers[others], told.numpy(), atol=1e-5)
+    assert not np.allclose(found.answers, fit_answers(store, 4).answers)
+
+
 def test_a_split_is_scored_by_the_policys_answers_and_held_against_the_exits(store):
     answers = answers_of(store, fit_answers(store, 0).heads)
     torch.manual_seed(0)

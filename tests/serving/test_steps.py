@@ -27,15 +27,18 @@ from rl_exit.serving.steps import Passage, run_step
 WORDS = ("cat", "dog", "horse", "saw", "drill", "the", "red", "near", "under", "my", "found")
 
 
-@pytest.fixture(scope="module", params=["state", "both"])
+@pytest.fixture(scope="module", params=["state-exit", "both-exit", "both-own"])
 def model(request: pytest.FixtureRequest, tiny_backbone: Path) -> EarlyExitModel:
     """With policy heads that are not all alike, so that texts leave at different layers."""
+    inputs, answer = request.param.split("-")
     made = EarlyExitModel.from_backbone(
-        str(tiny_backbone), ["a", "b", "c"], policy_inputs=request.param, pooling="mean"
+        str(tiny_backbone), ["a", "b", "c"], policy_inputs=inputs, policy_answer=answer, pooling="mean"
     )
     generator = torch.Generator().manual_seed(5)
+    heads = [made.policy.weight_out, *made.exits.parameters()]
+    heads += [] if made.answer_heads is None else list(made.answer_heads.parameters())
     with torch.no_grad():
-        for weight in (made.policy.weight_out, *(head for head in made.exits.parameters())):
+        for weight in heads:
             weight.add_(torch.randn(weight.shape, generator=generator))
     return made
 

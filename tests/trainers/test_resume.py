@@ -21,9 +21,9 @@ def train(phase: str, event: str, count: int, *words: str) -> None:
     "log" is a logged row inside it, "end" the moment when its work is done and its marker not yet written.
     """
     from rl_exit.cli import main
-    from rl_exit.trainers import run_directory, supervised
+    from rl_exit.trainers import policy_phase, run_directory, supervised
 
-    supervised.CHECKPOINT_SECONDS = 0.0
+    supervised.CHECKPOINT_SECONDS = policy_phase.CHECKPOINT_SECONDS = 0.0
     left = [count]
     log, run_step = run_directory.MetricLog.log, run_directory.RunDirectory.run_step
 
