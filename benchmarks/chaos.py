@@ -6,7 +6,8 @@ A run of a tiny model on four raylets of this machine (a head without CPUs, thre
 before each phase once, and its directory kept. A trial takes a copy, goes on from there, does the harm in the middle of
 the phase, and lets the run end. It survived if it ended (after the action of docs/fault-tolerance.md, if one is named
 there), and its result is equal if results.json (without times) and every weight of the model are those of the
-undisturbed run. Lost seconds are the time from the harm until the run had passed the place where it was harmed. The
+undisturbed run. Lost seconds are the longest time without new progress from the harm to the end of the step; for driver
+and head, the time from the harm until the resumed run had passed the place. The
 result file is written after every trial, and trials that it already has are not done again.
 """
 
@@ -128,6 +129,8 @@ class Watched:
         self.place, self.harm = place, harm
         self.harmed: tuple[float, float] | None = None  # when, at what progress
         self.passed: float | None = None
+        self.stalled = 0.0  # longest time without new progress since the harm
+        self.best, self.since = 0.0, 0.0
         self.said: list[str] = []
 
     def say(self, message: str) -> None:
@@ -138,7 +141,8 @@ class Watched:
         place, outer = self.place, self
         here, seen = place is not None and title.startswith(place.title), 0
         if here and self.harmed is not None:
-            self.passed = None  # the step is done again: what it had done before was not believed
+            # The step is done again: what it had done since the harm was not believed.
+            self.passed, self.best, self.since = None, self.harmed[1], self.harmed[0]
 
         class Bar:
             def update(self, done: float, note: str = "") -> None:
@@ -148,13 +152,20 @@ class Watched:
                     return
                 if outer.harmed is None and seen >= place.count:
                     outer.harmed = (time.monotonic(), done)
+                    outer.best, outer.since = done, outer.harmed[0]
                     outer.harm()
-                elif outer.harmed is not None and outer.passed is None and done > outer.harmed[1]:
+                    return
+                if outer.harmed is not None and done > outer.best:
+                    now = time.monotonic()
+                    outer.stalled = max(outer.stalled, now - outer.since)
+                    outer.best, outer.since = done, now
+                if outer.harmed is not None and outer.passed is None and done > outer.harmed[1]:
                     outer.passed = time.monotonic()
 
         yield Bar()
-        if here and self.harmed is not None and self.passed is None:
-            self.passed = time.monotonic()
+        if here and self.harmed is not None:
+            self.stalled = max(self.stalled, time.monotonic() - self.since)
+            self.passed = self.passed or time.monotonic()
 
 
 class Desk:
@@ -307,13 +318,20 @@ def trial(desk: Desk, fault: Fault) -> dict[str, Any]:
         "survived": survived,
         "equal_result": same,
         "harmed": watched.harmed is not None,
-        "lost_seconds": round(watched.passed - watched.harmed[0], 2) if watched.passed and watched.harmed else None,
+        "lost_seconds": lost_seconds(watched),
         "seconds": round(time.monotonic() - begun, 1),
     }
     if note:
         result["note"] = note
     shutil.rmtree(output, ignore_errors=True)
     return result
+
+
+def lost_seconds(watched: Watched) -> float | None:
+    """Longest time without new progress since the harm; for a run in a process of its own, until it had passed it."""
+    if not watched.harmed or not watched.passed:
+        return None
+    return round(watched.stalled or watched.passed - watched.harmed[0], 2)
 
 
 def prepare(desk: Desk, place: Place, output: Path) -> None:
@@ -529,7 +547,7 @@ def write(out: Path, trials: dict[str, list[dict[str, Any]]], runs: int) -> None
         {
             "command": f"make chaos (python benchmarks/chaos.py --runs {runs})",
             "date": date.today().isoformat(),
-            "machine": f"{os.cpu_count()} cores, 4 raylets; other work was going on beside it",
+            "machine": f"{os.cpu_count()} cores, shared with other work; 4 raylets, none for runs in one process",
             "versions": versions(),
             "total": summary(every) if every else {},
             "faults": faults,
