@@ -26,6 +26,8 @@ COMMANDS = {
     "generation.max_new_tokens=40",
     "stories-1": "rl-exit train configs/stories.yaml seed=1 init.epochs=12 policy.epochs=30 generation.samples=16 "
     "generation.max_new_tokens=32 generation.points=0 generation.encoder=none (7 points on dev in place of 13)",
+    "stories-2": "rl-exit train configs/stories.yaml seed=2 init.epochs=12 policy.epochs=30 generation.samples=4 "
+    "generation.max_new_tokens=32 generation.points=0 generation.encoder=none (7 points on dev in place of 13)",
 }
 
 
