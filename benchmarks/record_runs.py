@@ -22,8 +22,10 @@ COMMANDS = {
     "mrpc": "rl-exit train configs/mrpc.yaml task.path=...",
     "alpaca": "rl-exit train configs/alpaca.yaml model.backbone=stories260k model.max_length=256 task.max_train=160 "
     "task.max_dev=12 task.max_test=20 generation.samples=8 generation.max_new_tokens=24 generation.points=0",
-    "stories-0": "rl-exit train configs/stories.yaml seed=0 init.epochs=12 policy.epochs=30 generation.samples=32",
-    "stories-1": "rl-exit train configs/stories.yaml seed=1 init.epochs=12 policy.epochs=30 generation.samples=16",
+    "stories-0": "rl-exit train configs/stories.yaml seed=0 init.epochs=12 policy.epochs=30 generation.samples=32 "
+    "generation.max_new_tokens=40",
+    "stories-1": "rl-exit train configs/stories.yaml seed=1 init.epochs=12 policy.epochs=30 generation.samples=16 "
+    "generation.max_new_tokens=32 generation.points=0 generation.encoder=none (7 points on dev in place of 13)",
 }
 
 
@@ -39,6 +41,7 @@ def main(folders: list[str]) -> None:
             "results": results,
         }
         if results.get("kind") == "generation":
+            results["backbone"] = Path(results["backbone"]).name  # a folder of this machine says nothing elsewhere
             path = RESULTS.with_name(f"writing-{results['run_name']}.json")
             path.write_text(json.dumps(entry, indent=2) + "\n")
             continue

@@ -129,6 +129,18 @@ def test_bfloat16_answers_nearly_alike(folder):
     assert light.predict(TEXTS, threshold=1.0) != expected
 
 
+def test_compiled_layers_answer_alike(folder):
+    """With the backend that traces and generates no code: whether layers can be compiled, not how fast they are."""
+    model = EarlyExitModel.from_pretrained(folder)
+    expected = model.predict(TEXTS[:5], batch_size=2)
+    compiled = EarlyExitModel.from_pretrained(folder).compile_layers(backend="eager")
+    for one, two in zip(compiled.predict(TEXTS[:5], batch_size=2), expected, strict=True):
+        assert one.probabilities == pytest.approx(two.probabilities, abs=1e-5)
+        assert one.exit_layer == two.exit_layer
+    layers = compiled.backbone.layer_modules()
+    assert all(layer._compiled_call_impl is not None for layer in layers)
+
+
 def test_latency_is_a_cost_of_the_reward():
     assert load_config(None, ["reward.cost=latency"]).reward.cost == "latency"
     with pytest.raises(UserError, match=r"reward\.cost"):

@@ -22,7 +22,7 @@ from rl_exit.data.instances import Instances
 from rl_exit.errors import ConfigError, DataError
 from rl_exit.inference import run_batch, run_instances
 from rl_exit.models.pretrained import find_source, load_tokenizer
-from rl_exit.pooling import DepthPool
+from rl_exit.pooling import ENOUGH_TOKENS, DepthPool
 
 WORDS = ("cat", "dog", "horse", "saw", "drill", "the", "red", "near", "under", "my", "found")
 
@@ -226,6 +226,21 @@ class Above:
 
     def leave(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
         return view.logits[:, 0] > self.bound if layer == 1 else view.everyone(False)
+
+
+def test_enough_tokens_do_not_wait(model):
+    """Survivors that fill a CPU go on at once, unpadded, rather than wait for others of another length."""
+    rows = instances_of([40] * 8 + [30] * 8, 0)
+    with torch.no_grad():
+        score = model.all_exits(**rows.batch(range(16))).logits[:, 0, 0]
+    rule = Above(float(score.sort().values[7:9].mean()))
+    with counting(model) as calls:
+        run_instances(model, rows, rule, 8)
+    left = {length: int((part > rule.bound).sum()) for length, part in ((40, score[:8]), (30, score[8:]))}
+    assert left[40] + left[30] == 8
+    for length, gone in left.items():
+        if (8 - gone) * length >= ENOUGH_TOKENS:
+            assert (2, 8 - gone, length) in calls
 
 
 def test_few_rows_wait_at_any_time(model, monkeypatch):

@@ -221,7 +221,7 @@ class Engine:
         longest = max(ends)
         whole = flat.rows == self.cache_rows and min(ends) == longest and max(flat.counts) == 1
         if whole and (reach is None or reach >= longest - 1):
-            return attend(query[:, None], keys[:, :longest], values[:, :longest], scaling, None, False)[:, 0]
+            return attend(query[:, None], keys[:, :, :longest], values[:, :, :longest], scaling, None, False)[:, 0]
         if query.device.type == "cpu":
             return _row_by_row(query, keys, values, flat, scaling, reach)
         return _padded(query, keys, values, flat, scaling, reach)
@@ -281,7 +281,7 @@ def _row_by_row(query: Tensor, keys: Tensor, values: Tensor, flat: Flat, scaling
             causal = start == 0 and (reach is None or reach >= end - 1)
             if not causal:
                 mask = _seen(torch.arange(start, end, device=query.device), low, end, reach)
-        own = query[None, at : at + count], keys[row : row + 1, low:end], values[row : row + 1, low:end]
+        own = query[None, at : at + count], keys[row : row + 1, :, low:end], values[row : row + 1, :, low:end]
         out.append(attend(*own, scaling, mask, causal)[0])
         at += count
     return out[0] if len(out) == 1 else torch.cat(out)
@@ -300,7 +300,7 @@ def _padded(query: Tensor, keys: Tensor, values: Tensor, flat: Flat, scaling: fl
     position[place, offset] = flat.position
     chosen = index_tensor(flat.rows, query.device)
     mask = _seen(position, 0, longest, reach)[:, None]
-    return attend(padded, keys[chosen, :longest], values[chosen, :longest], scaling, mask, False)[place, offset]
+    return attend(padded, keys[chosen, :, :longest], values[chosen, :, :longest], scaling, mask, False)[place, offset]
 
 
 def _seen(position: Tensor, low: int, end: int, reach: int | None) -> Tensor:

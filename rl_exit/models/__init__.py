@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rl_exit.models.causal import EarlyExitCausalConfig, EarlyExitCausalModel, TokenScores
+    from rl_exit.models.causal import EarlyExitCausalModel, TokenScores
+    from rl_exit.models.causal_config import EarlyExitCausalConfig
     from rl_exit.models.early_exit import AllExits, EarlyExitConfig, EarlyExitModel, EarlyExitOutput, Prediction
     from rl_exit.models.exits import ExitHeads
     from rl_exit.models.lora import add_lora, merge_lora
@@ -34,7 +35,7 @@ __all__ = [
 
 _HOME = {
     "AllExits": "early_exit",
-    "EarlyExitCausalConfig": "causal",
+    "EarlyExitCausalConfig": "causal_config",
     "EarlyExitCausalModel": "causal",
     "TokenScores": "causal",
     "EarlyExitConfig": "early_exit",

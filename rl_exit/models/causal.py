@@ -24,7 +24,6 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutput
@@ -37,68 +36,12 @@ from rl_exit.models import folder, pretrained
 from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_input, input_size, policy_input
 from rl_exit.models.backbones import step_backbone
 from rl_exit.models.card import causal_card
+from rl_exit.models.causal_config import EarlyExitCausalConfig
 from rl_exit.models.policy import PolicyHeads
 from rl_exit.models.token_exits import TokenExits, exit_layers, leaving_exits
 
 # Logits that exist at a time when tokens are scored in blocks: 16 MB in float32.
 BLOCK_LOGITS = 1 << 22
-
-
-class EarlyExitCausalConfig(PretrainedConfig):
-    """What ``config.json`` of a saved decoder holds, beside the common fields of transformers.
-
-    Args:
-        backbone: Configuration of the backbone, as a mapping with its ``model_type``.
-        backbone_name: Where its weights came from, for the model card.
-        tied_head: Whether the head over the vocabulary is the table of the input embeddings.
-        exit_every: k: exits at layers k, 2k, ..., and at the last.
-        exit_rank: Rank of each exit's adapter; 0: a norm alone.
-        policy_width: W, hidden width of the policy heads.
-        policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"`` (:mod:`rl_exit.models.answers`);
-            with the latter two the head is computed at every exit that a token passes.
-        policy_shared: Whether the policy heads of all exits share their weights.
-        max_tokens: Tokens of an example, longer ones are cut.
-        threshold: Operating point: leave at the first ``pi > threshold``.
-        task: The task's name.
-        **kwargs: Common fields.
-    """
-
-    model_type = "early_exit_causal"
-
-    def __init__(
-        self,
-        backbone: dict[str, Any] | None = None,
-        backbone_name: str = "",
-        tied_head: bool = True,
-        exit_every: int = 1,
-        exit_rank: int = 0,
-        policy_width: int = 64,
-        policy_inputs: Inputs = "state",
-        policy_shared: bool = False,
-        max_tokens: int = 512,
-        threshold: float = 0.5,
-        task: str = "",
-        **kwargs: Any,
-    ) -> None:
-        self.backbone = backbone or {}
-        self.backbone_name = backbone_name
-        self.tied_head = tied_head
-        self.exit_every = exit_every
-        self.exit_rank = exit_rank
-        self.policy_width = policy_width
-        self.policy_inputs = policy_inputs
-        self.policy_shared = policy_shared
-        self.max_tokens = max_tokens
-        self.threshold = threshold
-        self.task = task
-        self.vocab_size = self.backbone.get("vocab_size", 0)
-        kwargs["tie_word_embeddings"] = False  # a tied head has no weight of its own here, so nothing is to be tied
-        super().__init__(**kwargs)
-
-    def backbone_config(self) -> Any:
-        """The backbone's configuration as its own class."""
-        values = dict(self.backbone)
-        return AutoConfig.for_model(values.pop("model_type", ""), **values)
 
 
 class TokenScores(NamedTuple):

@@ -447,10 +447,11 @@ class EarlyExitModel(PreTrainedModel):
         self.backbone.to(torch.bfloat16)
         return self
 
-    def compile_layers(self) -> EarlyExitModel:
+    def compile_layers(self, backend: str = "inductor") -> EarlyExitModel:
         """Compile each layer (``torch.compile``, one program for all batch sizes and lengths).
 
-        Needs a C++ compiler, and some ten seconds at the first texts.
+        Args:
+            backend: Of torch.compile; the default needs a C++ compiler, and some ten seconds at the first texts.
 
         Returns:
             The model itself.
@@ -459,7 +460,7 @@ class EarlyExitModel(PreTrainedModel):
             ModelError: The layers of this backbone are not separate modules.
         """
         for layer in self.backbone.layer_modules():
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=backend)
         return self
 
     def exit_logits(self, states: Tensor, logits: Tensor) -> Tensor:

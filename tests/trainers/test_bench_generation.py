@@ -64,8 +64,8 @@ def test_the_library_decodes_the_same_from_the_same_cache():
     engine = generation.filled(EarlyExitCausalModel.from_model(library, None), 2, 9)
     cache = DynamicCache()
     for index in range(12):
-        keys, values = engine.cache.keys[index][:, :9], engine.cache.values[index][:, :9]
-        cache.update(keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous(), index)
+        keys, values = engine.cache.keys[index][:, :, :9], engine.cache.values[index][:, :, :9]
+        cache.update(keys.contiguous(), values.contiguous(), index)
     expected = library(torch.ones((2, 1), dtype=torch.int64), past_key_values=cache).logits[:, -1]
     for row in range(2):
         engine.cut(row, 9)

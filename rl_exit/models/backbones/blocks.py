@@ -154,7 +154,7 @@ GPT2 = Blocks(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention of queries [B, T, heads, D] on keys and values [B, K, key heads, D]: [B, T, heads * D].
+    """Attention of queries [B, T, heads, D] on keys and values [B, key heads, K, D]: [B, T, heads * D].
 
     Args:
         query: As said.
@@ -166,11 +166,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tens
     """
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        key,
+        value,
         attn_mask=mask,
         is_causal=causal,
         scale=scaling,
-        enable_gqa=query.shape[2] != key.shape[2],
+        enable_gqa=query.shape[2] != key.shape[1],
     )
     return out.transpose(1, 2).flatten(2)

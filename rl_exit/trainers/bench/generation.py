@@ -34,7 +34,7 @@ LAYERS = 12
 SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 4096}
 # Share of tokens that leave at layers 1..12: many after a third of the way, some at the very end. Mean 5.8.
 EXITS = (0.0, 0.05, 0.10, 0.20, 0.20, 0.15, 0.10, 0.06, 0.04, 0.03, 0.02, 0.05)
-CASES = ((1, 64), (1, 1024), (8, 64), (8, 1024), (8, 2048))
+CASES = ((1, 64), (1, 1024), (8, 64), (8, 1024), (8, 4096))
 STEPS = 16
 
 
@@ -80,7 +80,7 @@ def run(quick: bool, display: Display) -> dict[str, Any]:
     cases = [case for case in CASES if not quick or case[1] <= 64]
     try:
         with threadpool_limits(1):
-            config = LlamaConfig(num_hidden_layers=LAYERS, max_position_embeddings=4096, **SIZES)
+            config = LlamaConfig(num_hidden_layers=LAYERS, max_position_embeddings=8192, **SIZES)
             library = LlamaForCausalLM(config).eval()
             model = EarlyExitCausalModel.from_model(library, None)
             found = []
@@ -174,8 +174,8 @@ def filled(model: EarlyExitCausalModel, batch: int, context: int) -> Engine:
     """An engine whose rows hold a random context: what tokens cost does not depend on what they mean."""
     engine = Engine(model, batch, context + STEPS)
     for index in range(LAYERS):
-        engine.cache.keys[index][:, :context].normal_()
-        engine.cache.values[index][:, :context].normal_()
+        engine.cache.keys[index][:, :, :context].normal_()
+        engine.cache.values[index][:, :, :context].normal_()
         engine.cache.mark(index, range(batch), [context] * batch)
     return engine
 
@@ -196,8 +196,8 @@ def decode_library(library: LlamaForCausalLM, engine: Engine, batch: int, contex
     """The same by the library's model with its own cache, whose making is not what is measured much: see README."""
     cache = DynamicCache()
     for index in range(LAYERS):
-        keys, values = engine.cache.keys[index][:, :context], engine.cache.values[index][:, :context]
-        cache.update(keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous(), index)
+        keys, values = engine.cache.keys[index][:, :, :context], engine.cache.values[index][:, :, :context]
+        cache.update(keys.contiguous(), values.contiguous(), index)
     tokens = torch.ones((batch, 1), dtype=torch.int64)
     for _ in range(STEPS):
         tokens = library(tokens, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
