@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny import ANIMALS, FILLER, TOOLS, write_tiny_task
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,10 +15,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's workers step back behind whatever else runs (15), and starve beside the other tier of tests.
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # the token would be written into the home directory
-
-ANIMALS = ("cat", "dog", "horse", "mouse")
-TOOLS = ("hammer", "saw", "drill", "wrench")
-FILLER = ("the", "a", "my", "old", "new", "red", "blue", "big", "small", "near", "under", "saw", "lost", "found")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -88,20 +83,6 @@ def write_tiny_backbone(folder: Path) -> Path:
     )
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_tiny_task(folder: Path, sizes: dict[str, int] | None = None, seed: int = 0) -> Path:
-    """Animals against tools among filler words, as JSONL files; a tool word that is also filler makes some hard."""
-    rng = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, count in (sizes or {"train": 192, "dev": 64, "test": 64}).items():
-        with (folder / f"{split}.jsonl").open("w") as out:
-            for index in range(count):
-                label = index % 2
-                text = rng.choices(FILLER, k=rng.randint(2, 7))
-                text.insert(rng.randrange(len(text) + 1), rng.choice((ANIMALS, TOOLS)[label]))
-                out.write(json.dumps({"text": " ".join(text), "label": ("animal", "tool")[label]}) + "\n")
     return folder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import write_tiny_task
+from tiny import write_tiny_task
 from typer.testing import CliRunner
 
 from rl_exit import EarlyExitModel

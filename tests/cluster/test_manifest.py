@@ -27,9 +27,8 @@ WORDS = ["storage_path=s3://bucket/runs", "sampling.num_env_runners=6", ODD]
 
 
 def locked(name: str) -> str:
-    found = re.search(
-        rf"^{re.escape(name)}==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE | re.IGNORECASE
-    )
+    spelt = re.sub("[-_.]", "[-_.]", name)  # one name to pip
+    found = re.search(rf"^{spelt}==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE | re.IGNORECASE)
     assert found is not None
     return found[1]
 

@@ -161,7 +161,7 @@ def test_same_task_in_any_folder_order_and_process(monkeypatch: pytest.MonkeyPat
 
 def test_libraries_are_not_imported() -> None:
     script = (
-        "import sys; from rl_exit.data.docstrings import find_packages; before = set(sys.modules); _find_packages();"
+        "import sys; from rl_exit.data.docstrings import find_packages; before = set(sys.modules); find_packages();"
         "print(sorted(name for name in set(sys.modules) - before if '.' not in name))"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

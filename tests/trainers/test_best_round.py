@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from rl_exit.evaluation import CurvePoint, SplitResult
 from rl_exit.progress import Silent
 from rl_exit.trainers import alternation
 from rl_exit.trainers.alternation import best_round
+from rl_exit.trainers.run_directory import RunDirectory
 
 
 def outcome(number: int, reference: float, points: list[tuple[float, float, float]], at: int = 0) -> dict[str, Any]:
@@ -70,9 +70,11 @@ def test_outside_the_tolerance_the_better_score_wins(first: float, expected: int
 
 def test_settings_of_the_task_step_reach_its_training(tmp_path, monkeypatch):
     seen: list[Any] = []
-    monkeypatch.setattr(alternation, "train_exits", lambda job, *rest: seen.append(job))
-    config = load_config(None, ["task_step.distillation=0.4", "task_step.temperature=3.0", "task_step.anchor=0.7"])
-    run: Any = SimpleNamespace(path=tmp_path, config=config)
-    alternation._Alternation(run, Silent())._task(1, SimpleNamespace())
+    monkeypatch.setattr(alternation, "train_exits", lambda job, *rest, **more: seen.append(job))
+    words = ["task_step.distillation=0.4", "task_step.temperature=3.0", "task_step.anchor=0.7"]
+    config = load_config(None, [*words, f"output_dir={tmp_path}"])
+    run = RunDirectory.create(config)
+    with alternation.Workers(config, tmp_path / "train") as workers:
+        alternation._Alternation(run, Silent(), workers)._task(1, run.path)  # nothing is logged: training is replaced
     assert (seen[0].options.distillation, seen[0].options.temperature, seen[0].options.anchor) == (0.4, 3.0, 0.7)
     assert seen[0].weights == "sample"
