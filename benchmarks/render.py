@@ -438,7 +438,7 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
 
 
 def clock(results: dict[str, Any]) -> str:
-    """The table of docs/generate.md, with its origin."""
+    """The table of docs/generation.md, with its origin."""
     machine, versions, model = results["machine"], results["versions"], results["model"]
     rows = [[*cells, "yes" if met else "no"] for cells, met in generation_rows(results)]
     origin = (

@@ -109,7 +109,7 @@ def load_task(config: TaskConfig, seed: int) -> Task:
     info = find_task(config.name)
     if task_kind(config) == "generation":
         raise DataError(
-            f"task '{config.name}' has responses, not labels: it is for a decoder that generates (docs/generation.md), "
+            f"task '{config.name}' has responses, not labels: it is for a decoder that generates (docs/generation-training.md), "
             "and this command is about classification"
         )
     task = (
