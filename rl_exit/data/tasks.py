@@ -109,8 +109,8 @@ def load_task(config: TaskConfig, seed: int) -> Task:
     info = find_task(config.name)
     if task_kind(config) == "generation":
         raise DataError(
-            f"task '{config.name}' has responses, not labels: it is for a decoder that generates (docs/generation-training.md), "
-            "and this command is about classification"
+            f"task '{config.name}' has responses, not labels: it is for a decoder that generates "
+            "(docs/generation-training.md), and this command is about classification"
         )
     task = (
         _built_in(config, seed) if info.name == BUILT_IN else _assemble(config, info, open_source(config, info), seed)
