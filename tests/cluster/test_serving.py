@@ -126,7 +126,25 @@ class Server:
 
     def replicas(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in children if "ServeReplica:rl-exit:model" in " ".join(one.cmdline())]
+        return [one for one in children if "ServeReplica:rl-exit:model" in _command(one)]
+
+    def wait_for_replicas(self, number: int, seconds: float = 60.0) -> list[psutil.Process]:
+        until = time.monotonic() + seconds
+        while len(found := self.replicas()) < number:
+            assert time.monotonic() < until, f"{len(found)} of {number} replicas after {seconds} s"
+            time.sleep(0.2)
+        return found
+
+    def retries(self) -> float:
+        lines = self.get("/metrics").splitlines()
+        return float(next(line for line in lines if line.startswith("rl_exit_retries_total")).split()[1])
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):  # gone since it was listed
+        return ""
 
 
 @pytest.fixture(scope="module")
@@ -193,28 +211,35 @@ def test_the_page_in_a_real_browser(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_replica_killed_under_load_loses_no_request(server: Server) -> None:
+    """Until a kill has hit a request that a replica had accepted: what was on its way there, Serve itself sends on."""
     answers: list[tuple[int, Any]] = []
-    until = time.monotonic() + 4
+    enough = threading.Event()
 
     def ask() -> None:
-        while time.monotonic() < until:
-            answers.append(server.post("/v1/predict/batch", {"texts": TEXTS * 8, "threshold": 1}))
+        while not enough.is_set():
+            answers.append(server.post("/v1/predict/batch", {"texts": TEXTS * 64, "threshold": 1}))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
         thread.start()
-    time.sleep(1.5)
-    victims = server.replicas()
-    assert len(victims) == 2
-    victims[0].send_signal(signal.SIGKILL)
-    for thread in threads:
-        thread.join()
+    try:
+        for _ in range(8):
+            time.sleep(1)
+            victims = server.wait_for_replicas(2)
+            busy = max(victims, key=lambda one: one.cpu_percent(0.1))
+            busy.send_signal(signal.SIGKILL)
+            busy.wait(10)
+            time.sleep(1)
+            if server.retries() >= 1:
+                break
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join()
     assert len(answers) > 16
     assert {status for status, _ in answers} == {200}
-    assert all(len(found["predictions"]) == 32 for _, found in answers)
-    retries = next(line for line in server.get("/metrics").splitlines() if line.startswith("rl_exit_retries_total"))
-    assert float(retries.split()[1]) >= 1, "the kill must have hit a request on its way"
-    assert not victims[0].is_running() or victims[0].status() == psutil.STATUS_ZOMBIE
+    assert all(len(found["predictions"]) == 256 for _, found in answers)
+    assert server.retries() >= 1, "a kill must have hit a request on its way"
 
 
 @pytest.mark.ray
