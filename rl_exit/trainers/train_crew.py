@@ -32,6 +32,7 @@ REPORT_EVERY = 10
 REPORT_SECONDS = 2.0
 LONG_POLL_SECONDS = 5.0
 
+Outcome = tuple[UserError | None]
 Letter = tuple[int, int, float, dict[str, float]]
 OnUpdate = Callable[[int, int, float, dict[str, float]], None]
 Train = Callable[[dict[str, Any], OnUpdate, int, int], None]
@@ -41,13 +42,16 @@ logger = logging.getLogger(__name__)
 
 
 class Desk:
-    """The actor between driver and workers. Loses nothing that matters when it is started anew."""
+    """The actor between driver and workers. Loses nothing that matters when it is started anew.
+
+    Driver and workers say again with every call what must not be lost: the order, and how the last one ended.
+    """
 
     def __init__(self) -> None:
         self._number, self._over = 0, False
         self._payload: dict[str, Any] | None = None
         self._letters: list[tuple[int, Letter]] = []
-        self._outcomes: dict[int, Any] = {}
+        self._outcomes: dict[int, Outcome] = {}
         self._heard: dict[int, float] = {}
         self._taken, self._losses = 0, 0
         self._trouble = ""
@@ -78,12 +82,18 @@ class Desk:
         self._heard[rank] = time.monotonic()
         return self._over
 
-    async def next(self, done: int) -> tuple[int, dict[str, Any] | None] | None:
-        """The order after ``done``; its payload is None when all is over. None: ask again."""
+    async def next(self, done: int, outcome: Outcome | None) -> tuple[int, dict[str, Any] | None] | None:
+        """The order after ``done``; its payload is None when all is over. None: ask again.
+
+        ``outcome`` is that of ``done``, from the worker that has to tell it. An order that has ended is not given to
+        workers that were started anew.
+        """
+        if outcome is not None:
+            self._outcomes.setdefault(done, outcome)
         for _ in range(int(LONG_POLL_SECONDS / 0.1)):
             if self._over:
                 return self._number, None
-            if self._payload is not None and self._number > done:
+            if self._payload is not None and self._number > done and self._number not in self._outcomes:
                 self._taken = self._number
                 return self._number, self._payload
             await asyncio.sleep(0.1)
@@ -92,10 +102,6 @@ class Desk:
     async def put(self, number: int, letters: list[Letter]) -> None:
         """Progress of an order."""
         self._letters += [(number, letter) for letter in letters]
-
-    async def finish(self, number: int, error: UserError | None) -> None:
-        """An order is done, or cannot be."""
-        self._outcomes.setdefault(number, (error,))
 
     async def tell(self, trouble: str) -> None:
         """Why a worker is about to end."""
@@ -259,8 +265,9 @@ def work_at_desk(config: dict[str, Any]) -> None:
     ray.get(desk.hello.remote(rank))
     threading.Thread(target=_give_signs_of_life, args=(desk, rank), daemon=True).start()
     done = 0
+    outcome: Outcome | None = None
     while True:
-        order = ray.get(desk.next.remote(done))
+        order = ray.get(desk.next.remote(done, outcome))
         if order is None:
             continue
         number, payload = order
@@ -276,10 +283,8 @@ def work_at_desk(config: dict[str, Any]) -> None:
             # Perhaps a peer was lost; Ray Train starts all workers anew, and the driver counts how often.
             ray.get(desk.tell.remote(_last_line_of(traceback.format_exc())))
             raise
-        if rank == 0 or error is not None:
-            post.send()
-            ray.get(desk.finish.remote(number, error))
-        done = number
+        post.send()
+        done, outcome = number, (error,) if rank == 0 or error is not None else None
         gc.collect()
 
 
