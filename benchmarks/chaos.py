@@ -2,20 +2,22 @@
 
 python benchmarks/chaos.py [--runs 5] [--only NAME ...] [--out benchmarks/results/chaos.json]
 
-A run of a tiny model on four raylets of this machine (a head without CPUs, three nodes of two) is stopped
-before each phase once, and its directory kept. A trial takes a copy, goes on from there, does the harm in the middle of
-the phase, and lets the run end. It survived if it ended (after the action of docs/fault-tolerance.md, if one is named
-there), and its result is equal if results.json (without times) and every weight of the model are those of the
-undisturbed run. Lost seconds are the longest time without new progress from the harm to the end of the step; for driver
-and head, the time from the harm until the resumed run had passed the place (its own start, and for the head that of a
-new cluster, included). A trial in which the harm did not hit (nothing was there to be killed, or an error came before)
-is done again and noted under ``missed``; one that does not end within 10 minutes has not survived. The result file is
-written after every trial, and trials that it already has are not done again.
+A run of a tiny model on three raylets of this machine (a head without CPUs, two nodes of five) meets with several
+faults, one after the other, each in the middle of a phase, and ends. Every one of them is a trial. It survived if the
+run ended (after the action of docs/fault-tolerance.md, if one is named there), and its result is equal if results.json
+(without times) and every weight of the model are those of the undisturbed run; if not, it counts against every fault of
+the run. If a fault ends the run, those before it do not count and are done again. Lost seconds are the longest time
+without new progress from the harm to the end of the step; for driver and head, the time from the harm until the resumed
+run had passed the place (its own start, and for the head that of a new cluster, included). A run in which a harm did
+not hit (nothing was there to be killed, or an error came before) is done again and noted under ``missed``; one that
+does not end within 25 minutes has not survived. The result file is written after every run, and runs that it already
+has are not done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import fcntl
 import json
 import os
@@ -44,8 +46,8 @@ from chaos_desk import (
     ROOT,
     TITLES,
     Desk,
+    Hit,
     MissedError,
-    Place,
     Watchdog,
     Watched,
     children,
@@ -54,48 +56,107 @@ from chaos_desk import (
 )
 
 AWAY_SECONDS = 30.0
-TRIAL_SECONDS = 600.0
+RUN_SECONDS = 1500.0
 DRIVER_SECONDS = 180.0  # for a driver without a head to end by itself
-MISSES = 3  # of the harm, before a fault is left out of this session
+MISSES = 3  # of the harm, before a scenario is left out of this session
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of harm at a place; ``mode`` says how the trial is run, ``role`` whom it hits."""
+    """A kind of harm at a place.
+
+    Attributes:
+        name: In the table.
+        place: Key of ``PLACES``.
+        after: Share of the step after which it is done.
+        role: Who is hit: key of ``TITLES``; empty where it is the driver, the head or the disk.
+        node: Whether the whole node of that process is.
+    """
 
     name: str
     place: str
-    mode: str
+    after: float = 0.4
     role: str = ""
+    node: bool = False
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One run and the faults that it meets with, in order.
+
+    Attributes:
+        name: Its own.
+        mode: How it is run: name of a function below.
+        faults: In order.
+        kind: ``spread`` over a cluster or ``local``.
+    """
+
+    name: str
+    mode: str
+    faults: tuple[Fault, ...]
+    kind: str = "spread"
 
 
 NAMES = {"init": "initialisation", "store": "state store", "policy": "policy phase", "task": "task step"}
-CLUSTER = [
-    ("env runner killed", "process", "env runner", ("policy",)),
-    ("learner killed", "process", "learner", ("policy",)),
-    ("store builder killed", "process", "store builder", ("store",)),
-    ("Train worker killed", "process", "Train worker", ("init", "task")),
-    ("controller of Ray Train killed", "process", "controller", ("init", "task")),
-    ("desk between driver and Train workers killed", "process", "desk", ("init", "task")),
-    ("node removed", "node", "env runner", ("policy",)),
-    ("node removed", "node", "store builder", ("store",)),
-    ("node removed", "node", "Train worker", ("init", "task")),
-    ("disk full", "full", "", ("init", "store", "policy", "task")),
-    ("storage away for 30 s", "away", "", ("init", "store", "policy", "task")),
-    ("driver killed and resumed", "driver", "", ("init", "store", "policy", "task")),
-    ("head killed, cluster started anew and resumed", "head", "", ("init", "store", "policy", "task")),
-]
-LOCAL = [("disk full", "full", ("init", "store")), ("storage away for 30 s", "away", ("store", "task"))]
-FAULTS = [
-    *(Fault(f"{name}, {NAMES[place]}", place, mode, role) for name, mode, role, places in CLUSTER for place in places),
-    *(
-        Fault(f"{name}, run in one process, {NAMES[place]}", f"local {place}", mode)
-        for name, mode, places in LOCAL
-        for place in places
+CONTROLLER, DESK = "controller of Ray Train killed", "desk between driver and Train workers killed"
+
+
+def everywhere(what: str, places: tuple[str, ...] = tuple(NAMES)) -> tuple[Fault, ...]:
+    return tuple(Fault(f"{what}, {NAMES[place]}", place) for place in places)
+
+
+SCENARIOS = [
+    Scenario(
+        "processes",
+        "killed",
+        (
+            Fault("Train worker killed, initialisation", "init", role="Train worker"),
+            Fault("store builder killed, state store", "store", role="store builder"),
+            Fault("env runner killed, policy phase", "policy", 0.25, role="env runner"),
+            Fault("learner killed, policy phase", "policy", 0.5, role="learner"),
+            Fault("Train worker killed, task step", "task", role="Train worker"),
+        ),
+    ),
+    Scenario(
+        "controller, nodes",
+        "killed",
+        (
+            Fault(f"{CONTROLLER}, initialisation", "init", role="controller"),
+            Fault("node removed, state store", "store", role="store builder", node=True),
+            Fault("node removed, policy phase", "policy", role="env runner", node=True),
+            Fault(f"{CONTROLLER}, task step", "task", role="controller"),
+        ),
+    ),
+    Scenario(
+        "desk, nodes",
+        "killed",
+        (
+            Fault(f"{DESK}, initialisation", "init", 0.3, role="desk"),
+            Fault("node removed, initialisation", "init", 0.6, role="Train worker", node=True),
+            Fault(f"{DESK}, task step", "task", 0.3, role="desk"),
+            Fault("node removed, task step", "task", 0.6, role="Train worker", node=True),
+        ),
+    ),
+    Scenario("disk full", "disk_full", everywhere("disk full")),
+    Scenario("away", "storage_away", everywhere("storage away for 30 s")),
+    Scenario("driver", "driver_ended", everywhere("driver killed and resumed")),
+    Scenario("head", "driver_ended", everywhere("head killed, cluster started anew and resumed")),
+    Scenario(
+        "disk full, local", "disk_full", everywhere("disk full, run in one process", ("init", "store")), kind="local"
+    ),
+    Scenario(
+        "away, local",
+        "storage_away",
+        everywhere("storage away for 30 s, run in one process", ("store", "task")),
+        kind="local",
     ),
 ]
-# Two at a time, each with a cluster of its own: much of a trial is waiting.
-LANES = [("trained",), ("spread", "local")]
+FAULTS = [fault for scenario in SCENARIOS for fault in scenario.faults]
+# So many runs at a time, each with a cluster of its own: much of a run is waiting.
+LANES = [
+    ("processes", "controller, nodes", "desk, nodes", "disk full"),
+    ("driver", "head", "away", "disk full, local", "away, local"),
+]
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -113,82 +174,67 @@ def equal(run: Path, whole: Path) -> bool:
     return weights and outcome(run) == outcome(whole)
 
 
-def trial(desk: Desk, fault: Fault, turn: int, record: Callable[[dict[str, Any]], None]) -> None:
-    """Do one and record what became of it."""
-    place = PLACES[fault.place]
-    whole = desk.whole(place.kind)
-    output = Path(tempfile.mkdtemp(prefix="trial-", dir=desk.folder))
-    run = {"process": killed, "node": killed, "full": disk_full, "away": storage_away}.get(fault.mode, driver_ended)
-    watched, begun = Watched(place), time.monotonic()
+def trial(desk: Desk, scenario: Scenario, turn: int, results: Results) -> None:
+    """Do one run and record what became of it."""
+    whole = desk.whole(scenario.kind)
+    output = Path(tempfile.mkdtemp(prefix="run-", dir=desk.folder))
+    begun = time.monotonic()
+    hits = [Hit(fault.name, fault.place, fault.after) for fault in scenario.faults]
 
-    def result(survived: bool, same: bool, note: str) -> dict[str, Any]:
-        return {
+    def record(survived: bool, same: bool, note: str) -> None:
+        common = {
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "survived": survived,
-            "equal_result": same,
-            "harmed": watched.harmed is not None,
-            "lost_seconds": lost_seconds(watched) if survived else None,
-            "seconds": round(time.monotonic() - begun, 1),
+            "scenario": scenario.name,
+            "run_seconds": round(time.monotonic() - begun, 1),
             "load_average": round(os.getloadavg()[0], 1),
-            **watched.facts,
-            **({"note": note} if note else {}),
         }
+        results.add(hits, survived, same, common, note)
 
     def give_up() -> None:
-        record(result(False, False, f"had not ended after {TRIAL_SECONDS:.0f} s"))
+        faulthandler.dump_traceback(all_threads=True)
+        record(False, False, f"had not ended after {RUN_SECONDS:.0f} s")
         if desk.cluster is not None:
             kill_all(desk.cluster)
         os._exit(3)
 
     survived = same = False
     note = ""
-    with Watchdog(TRIAL_SECONDS, give_up):
+    with Watchdog(RUN_SECONDS, give_up):
         try:
-            run(desk, fault, place, output, watched, turn)
+            MODES[scenario.mode](desk, scenario, output, hits, turn)
             survived = (output / "tiny" / "results.json").is_file()
             same = survived and equal(output / "tiny", whole)
         except Exception:  # noqa: BLE001  (that is what is recorded)
             note = traceback.format_exc()[-1500:]
-        record(result(survived, same, note))
+    record(survived, same, note)
     shutil.rmtree(output, ignore_errors=True)
 
 
-def lost_seconds(watched: Watched) -> float | None:
-    """Longest time without new progress since the harm; for a run in a process of its own, until it had passed it."""
-    if not watched.harmed or not watched.passed:
-        return None
-    return round(watched.stalled or watched.passed - watched.harmed[0], 2)
-
-
-def prepare(desk: Desk, place: Place, output: Path) -> None:
-    shutil.copytree(desk.folder / f"whole-{place.kind}" / "before" / place.step, output, dirs_exist_ok=True)
-
-
-def killed(desk: Desk, fault: Fault, place: Place, output: Path, watched: Watched, turn: int) -> None:
+def killed(desk: Desk, scenario: Scenario, output: Path, hits: list[Hit], turn: int) -> None:
     """A process of a role, or the whole node that it is on, ends in the middle of the phase."""
-    prepare(desk, place, output)
-    desk.join(place.kind)
+    desk.join(scenario.kind)
     replacing: list[threading.Thread] = []
 
-    def harm(_: float) -> None:
+    def harm(fault: Fault, hit: Hit) -> None:
         found = desk.roles(fault.role)
         victim = found[turn % len(found)]  # each of them in turn
-        watched.facts["killed"] = victim.title
-        if fault.mode == "process":
+        hit.facts["killed"] = victim.title
+        if not fault.node:
             os.kill(victim.pid, signal.SIGKILL)
             return
         node = desk.raylets()[victim.raylet]
         lost = [victim.raylet, *(child.pid for child in children({victim.raylet}))]
-        watched.facts["processes"] = len(lost)
+        hit.facts["processes"] = len(lost)
         for pid in lost:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         replacing.append(threading.Thread(target=replace_node, args=(desk, node), daemon=True))
-        replacing[0].start()
+        replacing[-1].start()
 
-    watched.harm = harm
+    for fault, hit in zip(scenario.faults, hits, strict=True):
+        hit.harm = lambda _, fault=fault, hit=hit: harm(fault, hit)  # type: ignore[misc]
     try:
-        go_on(desk.folder, place.kind, output, watched)
+        go_on(desk.folder, scenario.kind, output, Watched(hits))
     finally:
         for thread in replacing:
             thread.join()
@@ -201,114 +247,150 @@ def replace_node(desk: Desk, node: Any) -> None:
     desk.fill()
 
 
-def disk_full(desk: Desk, fault: Fault, place: Place, output: Path, watched: Watched, turn: int) -> None:
+def disk_full(desk: Desk, scenario: Scenario, output: Path, hits: list[Hit], turn: int) -> None:
     """A disk of its own, which something else fills to the last byte; it is emptied, and the run resumed."""
     from rl_exit.errors import UserError
 
     disk = output / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "chaos", str(disk)], check=True)
+    filler = disk / "filler"
+
+    def harm(_: float) -> None:
+        with filler.open("wb", buffering=0) as out:
+            for size in (1 << 20, 1 << 12, 1):
+                with suppress(OSError):
+                    while True:
+                        out.write(b"x" * size)
+
+    for hit in hits:
+        hit.harm = harm
     try:
-        prepare(desk, place, disk)
-        desk.join(place.kind)
-        filler = disk / "filler"
-
-        def harm(_: float) -> None:
-            with filler.open("wb", buffering=0) as out:
-                for size in (1 << 20, 1 << 12, 1):
-                    with suppress(OSError):
-                        while True:
-                            out.write(b"x" * size)
-
-        watched.harm = harm
-        try:
-            go_on(desk.folder, place.kind, disk, watched)
-        except UserError as error:
-            if "no space left" not in str(error):
-                raise
-            watched.facts["message"] = str(error).replace(str(disk), "DISK")
-            filler.unlink()
-            go_on(desk.folder, place.kind, disk, watched)
-        else:
-            raise RuntimeError("the full disk was not noticed")
+        desk.join(scenario.kind)
+        while True:
+            try:
+                go_on(desk.folder, scenario.kind, disk, Watched(hits))
+                break
+            except UserError as error:
+                if "no space left" not in str(error) or not filler.exists():
+                    raise
+                last = [hit for hit in hits if hit.harmed is not None][-1]
+                last.facts["message"] = str(error).replace(str(disk), "DISK")
+                filler.unlink()
+        if any("message" not in hit.facts for hit in hits):
+            raise RuntimeError("a full disk was not noticed")
         shutil.copytree(disk / "tiny", output / "tiny")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
-def storage_away(desk: Desk, fault: Fault, place: Place, output: Path, watched: Watched, turn: int) -> None:
+def storage_away(desk: Desk, scenario: Scenario, output: Path, hits: list[Hit], turn: int) -> None:
     """The mount of the run directory is taken away; an empty folder of the local disk is left in its place."""
     real, mount = output / "real", output / "mount"
     real.mkdir()
     mount.mkdir()
-    prepare(desk, place, real)
-    desk.join(place.kind)
 
     def attach() -> None:
         subprocess.run(["mount", "--bind", str(real), str(mount)], check=True)
 
-    attach()
-    timer = threading.Timer(AWAY_SECONDS, attach)
+    timers: list[threading.Timer] = []
 
     def harm(_: float) -> None:
         subprocess.run(["umount", "-l", str(mount)], check=True)
-        timer.start()
+        timers.append(threading.Timer(AWAY_SECONDS, attach))
+        timers[-1].start()
 
-    watched.harm = harm
+    for hit in hits:
+        hit.harm = harm
+    attach()
     try:
-        go_on(desk.folder, place.kind, mount, watched)
+        desk.join(scenario.kind)
+        go_on(desk.folder, scenario.kind, mount, Watched(hits))
         shutil.copytree(real / "tiny", output / "tiny")
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
         subprocess.run(["umount", "-l", str(mount)], check=False)
 
 
-def driver_ended(desk: Desk, fault: Fault, place: Place, output: Path, watched: Watched, turn: int) -> None:
+def driver_ended(desk: Desk, scenario: Scenario, output: Path, hits: list[Hit], turn: int) -> None:
     """The driver is a process of its own; it, or the head below it, is killed, and the run resumed by another."""
     import ray
 
-    prepare(desk, place, output)
     ray.shutdown()  # this process is to see neither die; the nodes stay
+    events = Events(output / "events")
+    past: tuple[str, float] | None = None
+    with_head = scenario.name == "head"
+    for hit in hits:
+        desk.stand()
+        driver = desk.start_driver(output, past, (hit.place, hit.after), dies=not with_head)
+        _note_passed(hits, past, events, driver)
+        at = events.next(driver)
+        if at is None:
+            raise MissedError(f"the driver ended with {driver.exitcode}: {_log(output)}")
+        if with_head:
+            for name in ("gcs_server", "raylet"):
+                for info in desk.cluster.head_node.all_processes[name]:
+                    info.process.kill()
+        hit.begin(at["at"], at["done"])
+        driver.join(DRIVER_SECONDS)
+        hit.facts["driver_ended_after"] = round(time.monotonic() - at["at"], 1)
+        if driver.is_alive():  # one that still waits for its head is ended, as the page says
+            hit.facts["driver_ended_after"] = None
+            driver.kill()
+            driver.join()
+        if with_head:
+            desk.stop_cluster()
+        past = (hit.place, at["done"])
     desk.stand()
-    events = output / "events"
-    first = desk.start_driver(fault.place, output, "die" if fault.mode == "driver" else "tell")
-    at = wait_for(events, first)
-    if fault.mode == "head":
-        for name in ("gcs_server", "raylet"):
-            for info in desk.cluster.head_node.all_processes[name]:
-                info.process.kill()
-    watched.hit(at["at"], at["done"])
-    first.join(DRIVER_SECONDS)
-    watched.facts["driver_ended_after"] = round(time.monotonic() - at["at"], 1)
-    if first.is_alive():  # one that still waits for its head is ended, as the page says
-        watched.facts["driver_ended_after"] = None
-        first.kill()
-        first.join()
-    if fault.mode == "head":
-        desk.stop_cluster()
-    desk.stand()
-    events.unlink(missing_ok=True)
-    second = desk.start_driver(fault.place, output, "pass", at["done"])
-    at = wait_for(events, second, finished=True)
-    watched.passed = at["at"]
-    second.join()
-    if second.exitcode:
-        raise RuntimeError((output / "driver.log").read_text()[-1500:])
+    driver = desk.start_driver(output, past, None, dies=False)
+    _note_passed(hits, past, events, driver)
+    driver.join()
+    if driver.exitcode:
+        raise RuntimeError(f"the driver ended with {driver.exitcode}: {_log(output)}")
 
 
-def wait_for(events: Path, driver: Any, finished: bool = False) -> dict[str, float]:
-    """Wait for the driver's word about where it is."""
-    while True:
-        alive = driver.is_alive()
-        if events.is_file():
-            found: dict[str, float] = json.loads(events.read_text())
-            return found
-        if not alive and finished:
-            return {"at": time.monotonic(), "done": 0.0}
-        if not alive:
-            said = (events.parent / "driver.log").read_text()[-1000:]
-            raise MissedError(f"the driver ended with {driver.exitcode} before the harm: {said}")
-        time.sleep(0.02)
+def _note_passed(hits: list[Hit], past: tuple[str, float] | None, events: Events, driver: Any) -> None:
+    """Wait until the resumed run has passed the last harm."""
+    if past is None:
+        return
+    at = events.next(driver)
+    if at is None or at["what"] != "passed":
+        raise RuntimeError(f"the resumed driver ended with {driver.exitcode}: {_log(events.path.parent)}")
+    [hit for hit in hits if hit.harmed is not None][-1].passed = at["at"]
+
+
+def _log(output: Path) -> str:
+    return (output / "driver.log").read_text()[-1200:]
+
+
+class Events:
+    """What drivers have told, in order."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._seen = path, 0
+
+    def next(self, driver: Any) -> dict[str, Any] | None:
+        """Wait for the next word; None if the driver ended without one."""
+        while True:
+            alive = driver.is_alive()
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
+            if len(lines) > self._seen and lines[self._seen].endswith("\n"):
+                self._seen += 1
+                found: dict[str, Any] = json.loads(lines[self._seen - 1])
+                return found
+            if not alive:
+                return None
+            time.sleep(0.02)
+
+
+Mode = Callable[[Desk, Scenario, Path, list[Hit], int], None]
+MODES: dict[str, Mode] = {
+    "killed": killed,
+    "disk_full": disk_full,
+    "storage_away": storage_away,
+    "driver_ended": driver_ended,
+}
 
 
 def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
@@ -338,21 +420,36 @@ class Results:
     def read(self) -> dict[str, Any]:
         return json.loads(self.path.read_text()) if self.path.is_file() else {"commands": [], "faults": {}}
 
-    def count(self, fault: Fault) -> int:
-        """Trials in which the harm was done."""
-        return len(self.read()["faults"].get(fault.name, {}).get("trials", []))
+    def count(self, scenario: Scenario) -> int:
+        """Runs of a scenario: the trials of that of its faults that has fewest."""
+        faults = self.read()["faults"]
+        return min(len(faults.get(fault.name, {}).get("trials", [])) for fault in scenario.faults)
 
-    def add(self, fault: Fault, result: dict[str, Any]) -> None:
-        """Record a trial."""
+    def add(self, hits: list[Hit], survived: bool, same: bool, common: dict[str, Any], note: str) -> None:
+        """Record a run."""
         from rl_exit.files import write_json
 
-        print(f"{fault.name}: {json.dumps(result)}", flush=True)
+        harmed = [hit for hit in hits if hit.harmed is not None]
+        if survived and len(harmed) < len(hits):
+            note = f"not every harm was done: {[hit.fault for hit in hits if hit.harmed is None]}"
         with self._alone():
             tree = self.read()
-            found = tree["faults"].get(fault.name, {"trials": [], "missed": []})
-            trials, missed = found["trials"], found["missed"]
-            (trials if result["harmed"] else missed).append(result)
-            tree["faults"][fault.name] = {**summary(trials), "missed": missed, "trials": trials}
+            for hit in hits:
+                counts = len(harmed) == len(hits) if survived else bool(harmed) and hit is harmed[-1]
+                counts = counts and "MissedError" not in note
+                trial = {
+                    **common,
+                    "survived": survived,
+                    "equal_result": same,
+                    "lost_seconds": hit.lost if survived else None,
+                    **hit.facts,
+                    **({"note": note} if note else {}),
+                }
+                print(f"{hit.fault}{'' if counts else ' (does not count)'}: {json.dumps(trial)}", flush=True)
+                found = tree["faults"].get(hit.fault, {"trials": [], "missed": []})
+                trials, missed = found["trials"], found["missed"]
+                (trials if counts else missed).append(trial)
+                tree["faults"][hit.fault] = {**summary(trials), "missed": missed, "trials": trials}
             commands = list(dict.fromkeys([*tree["commands"], self.command]))
             write_json(self.path, self._whole(tree["faults"], commands))
 
@@ -384,37 +481,51 @@ def machine(loads: list[float]) -> str:
     load = f"load average {min(loads):g} to {max(loads):g}" if loads else "load average unknown"
     return (
         f"{os.cpu_count()} cores, {memory:.0f} GiB, {load}; {NODES + 1} raylets on them (a head without CPUs, "
-        f"{NODES} nodes of {NODE_CPUS}), none for runs in one process; {len(LANES)} trials at a time"
+        f"{NODES} nodes of {NODE_CPUS}), none for runs in one process; {len(LANES)} runs at a time"
     )
 
 
 def work(args: argparse.Namespace) -> None:
-    """Do the trials of one lane."""
-    desk = Desk(args.folder / f"lane-{args.lane}")
+    """Do the runs of one lane; of lane -1 those without any harm, which the others share."""
+    desk = Desk(args.folder)
     results = Results(args.out, args.command, args.folder / "lock")
     end = time.monotonic() + 60 * args.minutes
-    misses: dict[str, int] = {}
-    mine = [fault for fault in wanted(args.only) if PLACES[fault.place].kind in LANES[args.lane]]
+    chosen = wanted(args.only)
     try:
+        if args.lane < 0:
+            for kind in sorted({scenario.kind for scenario in chosen}):
+                desk.whole(kind)
+            return
+        misses: dict[str, int] = {}
+        mine = [scenario for scenario in chosen if scenario.name in LANES[args.lane]]
         for turn in range(args.runs):
-            for fault in mine:
-                while results.count(fault) <= turn and misses.get(fault.name, 0) < MISSES and time.monotonic() < end:
-                    before = results.count(fault)
-                    trial(desk, fault, turn, lambda result, fault=fault: results.add(fault, result))  # type: ignore[misc]
-                    misses[fault.name] = misses.get(fault.name, 0) + (results.count(fault) == before)
+            for scenario in mine:
+                while (
+                    (before := results.count(scenario)) <= turn
+                    and misses.get(scenario.name, 0) < MISSES
+                    and time.monotonic() < end
+                ):
+                    trial(desk, scenario, turn, results)
+                    misses[scenario.name] = misses.get(scenario.name, 0) + (results.count(scenario) == before)
     finally:
         desk.stop_cluster()
 
 
-def wanted(words: list[str]) -> list[Fault]:
-    """Faults whose name contains one of the words; all if there are none."""
-    return [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
+def wanted(words: list[str]) -> list[Scenario]:
+    """Scenarios with a fault whose name contains one of the words; all if there are none."""
+
+    def is_wanted(scenario: Scenario) -> bool:
+        return not words or any(word in fault.name for word in words for fault in scenario.faults)
+
+    return [scenario for scenario in SCENARIOS if is_wanted(scenario)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5, help="trials of each fault")
-    parser.add_argument("--only", nargs="*", default=[], help="faults whose name contains one of these words")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each scenario")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="faults whose name contains such a word; with others of their runs"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "chaos.json")
     parser.add_argument("--fresh", action="store_true", help="forget the trials that the result file already has")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no trial after so many")
@@ -424,7 +535,7 @@ def main() -> None:
     parser.add_argument("--command", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.list:
-        print("\n".join(fault.name for fault in wanted(args.only)))
+        print("\n".join(fault.name for scenario in wanted(args.only) for fault in scenario.faults))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.lane is not None:
@@ -436,13 +547,16 @@ def main() -> None:
     command = " ".join(["python benchmarks/chaos.py", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="rl-exit-chaos-", ignore_cleanup_errors=True) as folder:
         own = ["--folder", folder, "--command", command]
-        lanes = [
-            subprocess.Popen([sys.executable, "-u", __file__, *given, *own, "--lane", str(lane)])
-            for lane, kinds in enumerate(LANES)
-            if any(PLACES[fault.place].kind in kinds for fault in wanted(args.only))
-        ]
+
+        def start(lane: int) -> subprocess.Popen[bytes]:
+            return subprocess.Popen([sys.executable, "-u", __file__, *given, *own, "--lane", str(lane)])
+
+        lanes = [start(-1)]
         try:
-            codes = [lane.wait() for lane in lanes]
+            codes = [lanes[0].wait()]
+            names = [scenario.name for scenario in wanted(args.only)]
+            lanes = [start(lane) for lane, mine in enumerate(LANES) if not codes[0] and set(names) & set(mine)]
+            codes += [lane.wait() for lane in lanes]
         except BaseException:
             for lane in lanes:
                 lane.terminate()
@@ -452,7 +566,8 @@ def main() -> None:
     sys.exit(max(codes, default=0))
 
 
-assert all(fault.role in ("", *TITLES) for fault in FAULTS)
+assert all(fault.role in ("", *TITLES) and fault.place in PLACES for fault in FAULTS)
+assert sorted(name for lane in LANES for name in lane) == sorted(scenario.name for scenario in SCENARIOS)
 
 if __name__ == "__main__":
     main()

@@ -7,14 +7,13 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,14 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # Ray gives its workers the lowest priority but four; on a machine shared with other work they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # only processes that are needed
 ROOT = Path(__file__).parents[1]
 PATHS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 sys.path[:0] = [path for path in PATHS if path not in sys.path]
 
-NODES, NODE_CPUS = 3, 2  # beside a head without CPUs
+NODES, NODE_CPUS = 2, 5  # beside a head without CPUs
 NODE_SECONDS = 3.0  # after which a lost node is replaced
-SNAPSHOT_SECONDS = 0.5  # between two snapshots of the policy phase, in place of 30 s: a trial takes no longer
+SNAPSHOT_SECONDS = 0.5  # between two snapshots of the policy phase, in place of 30 s: a phase takes no longer here
 WORDS = [
     "name=tiny",
     "task.name=local",
@@ -50,9 +50,14 @@ WORDS = [
     "alternation.patience=9",
     "store.shard_size=128",
     "store.batch_size=16",
+    "placement.timeout=600",  # a loaded machine is no fault
 ]
-SPREAD = ["sampling.num_env_runners=2", "learners.num_learners=1", "store.num_workers=2"]
-TRAINED = ["task_step.num_workers=2"]
+SPREAD = [
+    "sampling.num_env_runners=2",
+    "learners.num_learners=1",
+    "store.num_workers=2",
+    "task_step.num_workers=2",
+]
 KEPT = ("store.num_workers", "task_step.num_workers")
 # Role -> how the titles of its processes begin. Ray names a process by the class of its actor, and while a method runs
 # by class and method; workers of Ray Train and learners that have been handed a function by that, until the next.
@@ -64,84 +69,117 @@ TITLES = {
     "controller": r"ray::TrainController\b",
     "desk": r"ray::Desk\b",
 }
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in a run harm is done: which run, before which step it is taken up, and after what share of what."""
-
-    kind: str
-    step: str
-    title: str
-    after: float = 0.4
-
-
+# Where in a run harm is done: in steps whose title begins so.
 PLACES = {
-    "init": Place("trained", "init", "initialisation"),
-    "task": Place("trained", "round-1-task", "round 1: task step"),
-    "store": Place("spread", "round-2-store", "round 2: states of train", 0.3),
-    "policy": Place("spread", "round-2-policy", "round 2: policy"),
-    "local init": Place("local", "init", "initialisation"),
-    "local store": Place("local", "round-2-store", "round 2: states of train"),
-    "local task": Place("local", "round-1-task", "round 1: task step"),
+    "init": "initialisation",
+    "store": "round 1: states of train",
+    "policy": "round 1: policy",
+    "task": "round 1: task step",
 }
+
+
+Place = tuple[str, float]
+"""A key of ``PLACES``, and a share or the progress of the step."""
 
 
 class MissedError(RuntimeError):
     """The harm could not be done."""
 
 
-class Watched:
-    """A display that calls ``harm`` at the place, and notes when the run has passed it."""
+@dataclass
+class Hit:
+    """One harm of a run: in the middle of what, and what came of it.
 
-    def __init__(self, place: Place | None, harm: Callable[[float], None] = lambda _: None) -> None:
-        self.place, self.harm = place, harm
-        self.harmed: tuple[float, float] | None = None  # when, at what progress
-        self.passed: float | None = None
-        self.stalled = 0.0  # longest time without new progress since the harm
-        self.best, self.since = 0.0, 0.0
-        self.facts: dict[str, Any] = {}  # what the trial's record says besides
+    Attributes:
+        fault: Name of the fault.
+        place: Key of ``PLACES``.
+        after: Share of the step after which it is done.
+        harm: Does it; takes the progress of the step.
+        harmed: When it was done (``time.monotonic``), at what progress.
+        passed: When the run was past that.
+        stalled: Longest time without new progress since, to the end of the step or the next harm in it.
+        facts: What the record says besides.
+    """
+
+    fault: str
+    place: str
+    after: float
+    harm: Callable[[float], None] = lambda _: None
+    harmed: tuple[float, float] | None = None
+    passed: float | None = None
+    stalled: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+    best: float = 0.0
+    since: float = 0.0
+    closed: bool = False
+
+    def begin(self, when: float, done: float) -> None:
+        """The harm is done."""
+        self.harmed, self.best, self.since = (when, done), done, when
+
+    def again(self) -> None:
+        """The step is done again: what it had done since the harm was not believed."""
+        if self.harmed is not None and not self.closed:
+            self.passed, self.best, self.since = None, self.harmed[1], self.harmed[0]
+
+    def progress(self, now: float, done: float) -> None:
+        """The step has got so far."""
+        if self.harmed is None or self.closed or done <= self.best:
+            return
+        self.stalled = max(self.stalled, now - self.since)
+        self.best, self.since = done, now
+        self.passed = self.passed or now
+
+    def end(self, now: float, closed: bool) -> None:
+        """The step has ended, or the next harm is done."""
+        if self.harmed is not None and not self.closed:
+            self.stalled = max(self.stalled, now - self.since)
+            self.passed = self.passed or now
+            self.closed = closed
+
+    @property
+    def lost(self) -> float | None:
+        """Seconds that were lost."""
+        if self.harmed is None or self.passed is None:
+            return None
+        return round(self.stalled or self.passed - self.harmed[0], 2)
+
+
+class Watched:
+    """A display that does harm at the places of a run, in their order, and notes when the run is past each."""
+
+    def __init__(self, hits: Sequence[Hit] = ()) -> None:
+        self.hits = hits
 
     def say(self, message: str) -> None:
         return
 
-    def hit(self, when: float, done: float) -> None:
-        """The harm is done."""
-        self.harmed, self.best, self.since = (when, done), done, when
-
     @contextmanager
     def step(self, title: str, total: float) -> Iterator[Any]:
-        here = self.place is not None and title.startswith(self.place.title)
-        if here and self.harmed is not None:
-            # The step is done again: what it had done since the harm was not believed.
-            self.passed, self.best, self.since = None, self.harmed[1], self.harmed[0]
-        yield _Bar(self, total) if here else _Bar(None, total)
-        if here and self.harmed is not None:
-            self.stalled = max(self.stalled, time.monotonic() - self.since)
-            self.passed = self.passed or time.monotonic()
+        here = [hit for hit in self.hits if title.startswith(PLACES[hit.place])]
+        for hit in here:
+            hit.again()
+        yield _Bar(here, total)
+        for hit in here:
+            hit.end(time.monotonic(), closed=False)
 
 
 class _Bar:
-    """Progress of one step; ``watched`` is None where nobody looks."""
+    """Progress of one step, with the harm that is done in it."""
 
-    def __init__(self, watched: Watched | None, total: float) -> None:
-        self.watched, self.total = watched, total
+    def __init__(self, hits: Sequence[Hit], total: float) -> None:
+        self.hits, self.total = hits, total
 
     def update(self, done: float, note: str = "") -> None:
-        watched = self.watched
-        if watched is None or watched.place is None:
-            return
         now = time.monotonic()
-        if watched.harmed is None:
-            if done >= watched.place.after * self.total:
-                watched.harm(done)
-                watched.hit(now, done)
-            return
-        if done > watched.best:
-            watched.stalled = max(watched.stalled, now - watched.since)
-            watched.best, watched.since = done, now
-        if watched.passed is None and done > watched.harmed[1]:
-            watched.passed = now
+        for hit in self.hits:
+            hit.progress(now, done)
+        following = next((hit for hit in self.hits if hit.harmed is None), None)
+        if following is not None and done >= following.after * self.total:
+            for earlier in self.hits:
+                earlier.end(now, closed=True)
+            following.harm(done)
+            following.begin(now, done)
 
 
 @dataclass(frozen=True)
@@ -162,8 +200,9 @@ class Desk:
 
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.backbone = write_tiny_backbone(folder / "backbone")
-        self.task = write_tiny_task(folder / "task", {"train": 1024, "dev": 64, "test": 64})
+        if not (folder / "task").exists():
+            write_tiny_backbone(folder / "backbone")
+            write_tiny_task(folder / "task", {"train": 1024, "dev": 64, "test": 64})
         self.cluster: Any = None
         # Drivers of their own are forked from a process that has everything loaded and has never started Ray.
         self.forks = multiprocessing.get_context("forkserver")
@@ -175,7 +214,8 @@ class Desk:
 
         for attempt in range(5):  # on a busy machine a node may need longer to start than Ray waits
             try:
-                self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+                own = {"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False}
+                self.cluster = Cluster(initialize_head=True, head_node_args=own)
                 break
             except Exception:
                 if attempt == 4:
@@ -183,7 +223,7 @@ class Desk:
         self.fill()
 
     def fill(self) -> None:
-        """Have three nodes beside the head."""
+        """Have all nodes beside the head."""
         for _ in range(10):
             if len(self.cluster.worker_nodes) >= NODES:
                 return
@@ -205,7 +245,7 @@ class Desk:
             kill_all(cluster)
 
     def join(self, kind: str) -> None:
-        """Connect this process and have three nodes; a run in one process needs neither."""
+        """Connect this process to all nodes; a run in one process needs neither."""
         import ray
 
         if kind == "local":
@@ -215,30 +255,17 @@ class Desk:
             ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
 
     def stand(self) -> None:
-        """Have a cluster of three nodes."""
+        """Have a cluster with all its nodes."""
         if self.cluster is None:
             self.start_cluster()
         self.fill()
 
     def whole(self, kind: str) -> Path:
-        """The undisturbed run of a kind, with a copy of it as it was before each step."""
-        from rl_exit.trainers.run_directory import RunDirectory
-
+        """The undisturbed run of a kind."""
         output = self.folder / f"whole-{kind}"
-        if (output / "tiny" / "results.json").is_file():
-            return output / "tiny"
-        original = RunDirectory.run_step
-
-        def keeping(run: Any, step: str, *args: Any, **kwargs: Any) -> Any:
-            shutil.copytree(run.path, output / "before" / step / "tiny")
-            return original(run, step, *args, **kwargs)
-
-        RunDirectory.run_step = keeping  # type: ignore[method-assign]
-        try:
+        if not (output / "tiny" / "results.json").is_file():
             self.join(kind)
-            go_on(self.folder, kind, output, Watched(None))
-        finally:
-            RunDirectory.run_step = original  # type: ignore[method-assign]
+            go_on(self.folder, kind, output, Watched())
         return output / "tiny"
 
     def raylets(self) -> dict[int, Any]:
@@ -255,10 +282,10 @@ class Desk:
             raise MissedError(f"no process is at work as {role}; there are {titles}")
         return sorted(found, key=lambda process: (process.begun, process.pid))
 
-    def start_driver(self, place: str, output: Path, what: str, past: float = float("inf")) -> Any:
+    def start_driver(self, output: Path, past: Place | None, harm: Place | None, dies: bool) -> Any:
         """A driver as a process of its own; see :func:`drive`."""
         driver = self.forks.Process(
-            target=drive, args=(str(self.folder), place, str(output), self.cluster.address, what, past)
+            target=drive, args=(str(self.folder), str(output), self.cluster.address, past, harm, dies)
         )
         driver.start()
         return driver
@@ -287,10 +314,10 @@ def kill_all(cluster: Any) -> None:
 
 
 def words(folder: Path, kind: str, output: Path) -> list[str]:
-    """Configuration of a run of a kind."""
+    """Configuration of a run: ``spread`` over a cluster, or ``local``."""
     return [
         *WORDS,
-        *{"spread": SPREAD, "trained": TRAINED}.get(kind, []),
+        *(SPREAD if kind == "spread" else []),
         f"task.path={folder / 'task'}",
         f"model.backbone={folder / 'backbone'}",
         f"output_dir={output}",
@@ -298,7 +325,7 @@ def words(folder: Path, kind: str, output: Path) -> list[str]:
 
 
 def go_on(folder: Path, kind: str, output: Path, display: Any) -> None:
-    """Go on with the run in this process."""
+    """Go on with the run in this process; begin it if there is none."""
     from rl_exit.config import load_config
     from rl_exit.trainers import policy_phase
     from rl_exit.trainers.alternation import train
@@ -307,52 +334,66 @@ def go_on(folder: Path, kind: str, output: Path, display: Any) -> None:
     train(load_config(None, words(folder, kind, output)), display, resume=True, kept=KEPT)
 
 
-def drive(folder: str, place_name: str, output: str, address: str, what: str, past: float) -> None:
-    """A driver's own process: dies or tells at the place (``die``, ``tell``), or tells when it is past (``pass``)."""
+def drive(folder: str, output: str, address: str, past: Place | None, harm: Place | None, dies: bool) -> None:
+    """A driver's own process.
+
+    Args:
+        folder: Of the desk.
+        output: Of the run.
+        address: Of the cluster.
+        past: Where the driver before it was lost, and at what progress: tells when it is past that.
+        harm: Where it tells that it is there, and after what share of the step.
+        dies: Whether it kills itself there.
+    """
     import ray
 
     log = os.open(Path(output) / "driver.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    place, events = PLACES[place_name], Path(output) / "events"
 
-    def tell(done: float) -> None:
-        beside = events.with_suffix(".beside")
-        beside.write_text(json.dumps({"done": done, "at": time.monotonic()}))
-        beside.rename(events)
+    def tell(what: str, done: float) -> None:
+        with (Path(output) / "events").open("a") as events:
+            events.write(json.dumps({"what": what, "done": done, "at": time.monotonic()}) + "\n")
 
-    def harm(done: float) -> None:
-        tell(done)
-        if what == "die":
+    def harmed(done: float) -> None:
+        tell("harm", done)
+        if dies:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(1.0)  # the harm is done meanwhile
 
-    watched = Passing(place, past, tell) if what == "pass" else Watched(place, harm)
-    go_on(Path(folder), place.kind, Path(output), watched)
+    hits = [] if harm is None else [Hit("", *harm, harm=harmed)]
+    go_on(Path(folder), "spread", Path(output), Passing(hits, past, tell))
 
 
 class Passing(Watched):
-    """Tells once when a resumed run is past where the first one was."""
+    """Tells once when a resumed run is past where the one before was."""
 
-    def __init__(self, place: Place, past: float, tell: Callable[[float], None]) -> None:
-        super().__init__(place)
-        self.past, self.tell, self.told = past, tell, False
+    def __init__(self, hits: Sequence[Hit], past: Place | None, tell: Callable[[str, float], None]) -> None:
+        super().__init__(hits)
+        self.past, self.tell = past, tell
 
     @contextmanager
     def step(self, title: str, total: float) -> Iterator[Any]:
-        here = self.place is not None and title.startswith(self.place.title)
-        yield _PassingBar(self) if here else _Bar(None, total)
+        with super().step(title, total) as bar:
+            here = self.past is not None and title.startswith(PLACES[self.past[0]])
+            yield _PassingBar(self, bar) if here else bar
+            if here:
+                self.is_past(float("inf"))
+
+    def is_past(self, done: float) -> None:
+        if self.past is not None and done > self.past[1]:
+            self.past = None
+            self.tell("passed", done)
 
 
 class _PassingBar:
-    def __init__(self, passing: Passing) -> None:
-        self.passing = passing
+    def __init__(self, passing: Passing, bar: _Bar) -> None:
+        self.passing, self.bar = passing, bar
 
     def update(self, done: float, note: str = "") -> None:
-        if done > self.passing.past and not self.passing.told:
-            self.passing.told = True
-            self.passing.tell(done)
+        self.passing.is_past(done)
+        self.bar.update(done, note)
 
 
 class Watchdog:
