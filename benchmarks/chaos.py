@@ -244,7 +244,7 @@ def replace_node(desk: Desk, node: Any) -> None:
     """Take a dead node out, and start another one a little later, as an autoscaler would."""
     desk.cluster.remove_node(node, allow_graceful=False)
     time.sleep(NODE_SECONDS)
-    desk.fill()
+    desk.fill(from_thread=True)
 
 
 def disk_full(desk: Desk, scenario: Scenario, output: Path, hits: list[Hit], turn: int) -> None:
@@ -329,9 +329,7 @@ def driver_ended(desk: Desk, scenario: Scenario, output: Path, hits: list[Hit], 
         if at is None:
             raise MissedError(f"the driver ended with {driver.exitcode}: {_log(output)}")
         if with_head:
-            for name in ("gcs_server", "raylet"):
-                for info in desk.cluster.head_node.all_processes[name]:
-                    info.process.kill()
+            hit.facts["processes"] = kill_head(desk)
         hit.begin(at["at"], at["done"])
         driver.join(DRIVER_SECONDS)
         hit.facts["driver_ended_after"] = round(time.monotonic() - at["at"], 1)
@@ -348,6 +346,17 @@ def driver_ended(desk: Desk, scenario: Scenario, output: Path, hits: list[Hit], 
     driver.join()
     if driver.exitcode:
         raise RuntimeError(f"the driver ended with {driver.exitcode}: {_log(output)}")
+
+
+def kill_head(desk: Desk) -> int:
+    """Kill the head's processes and those of all actors on it (but not the driver); returns their number."""
+    head = desk.cluster.head_node
+    lost = [info.process.pid for infos in head.all_processes.values() for info in infos]
+    lost += [child.pid for child in children(set(lost))]
+    for pid in lost:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(lost)
 
 
 def _note_passed(hits: list[Hit], past: tuple[str, float] | None, events: Events, driver: Any) -> None:

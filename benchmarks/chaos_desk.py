@@ -26,6 +26,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # Ray gives its workers the lowest priority but four; on a machine shared with other work they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")  # 60 by default: how long to wait for a head
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # only processes that are needed
 ROOT = Path(__file__).parents[1]
 PATHS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -222,15 +223,18 @@ class Desk:
                     raise
         self.fill()
 
-    def fill(self) -> None:
-        """Have all nodes beside the head."""
+    def fill(self, from_thread: bool = False) -> None:
+        """Have all nodes beside the head; beside the main thread, which alone may have a node end with the process."""
         for _ in range(10):
             if len(self.cluster.worker_nodes) >= NODES:
                 return
+            self.cluster._shutdown_at_exit = not from_thread  # stop_cluster ends it all the same
             try:
                 self.cluster.add_node(num_cpus=NODE_CPUS)
             except Exception as error:  # noqa: BLE001  (see start_cluster)
                 print(f"a node did not start: {error}", flush=True)
+            finally:
+                self.cluster._shutdown_at_exit = True
 
     def stop_cluster(self) -> None:
         import ray
@@ -377,6 +381,8 @@ class Passing(Watched):
     def step(self, title: str, total: float) -> Iterator[Any]:
         with super().step(title, total) as bar:
             here = self.past is not None and title.startswith(PLACES[self.past[0]])
+            if not here:  # that step is done
+                self.is_past(float("inf"))
             yield _PassingBar(self, bar) if here else bar
             if here:
                 self.is_past(float("inf"))

@@ -237,7 +237,11 @@ def chaos(results: dict[str, Any]) -> str:
         return [name, *(str(found[key]) for key in ("runs", "survived", "equal_result")), *lost]
 
     rows = [row(name, found) for name, found in results["faults"].items()] + [row("all", results["total"])]
-    origin = f"`{results['command']}`, {results['date']}, {results['machine']}, Ray {results['versions']['ray']}.\n"
+    again = sum(len(found["missed"]) for found in results["faults"].values())
+    origin = (
+        f"`{results['command']}`, {results['date']}, {results['machine']}, Ray {results['versions']['ray']}; "
+        f"{again} trials did not count (the harm did not hit, or a later fault ended the run) and were done again.\n"
+    )
     return markdown_table(header, rows) + "\n" + origin
 
 

@@ -53,6 +53,7 @@ class Desk:
         self._letters: list[tuple[int, Letter]] = []
         self._outcomes: dict[int, Outcome] = {}
         self._heard: dict[int, float] = {}
+        self._groups: dict[int, Any] = {}
         self._taken, self._losses = 0, 0
         self._trouble = ""
 
@@ -77,10 +78,15 @@ class Desk:
         open_again = self._taken == self._number and self._number not in self._outcomes
         self._losses += rank == 0 and open_again
 
-    async def ping(self, rank: int) -> bool:
-        """A worker lives; whether all is over."""
-        self._heard[rank] = time.monotonic()
+    async def ping(self, rank: int, group: Any) -> bool:
+        """A worker lives, and in which placement group; whether all is over."""
+        self._heard[rank], self._groups[rank] = time.monotonic(), group
         return self._over
+
+    async def groups(self) -> list[Any]:
+        """The placement groups that workers were last heard from; those of before are forgotten."""
+        groups, self._groups = self._groups, {}
+        return [group for group in groups.values() if group is not None]
 
     async def next(self, done: int, outcome: Outcome | None) -> tuple[int, dict[str, Any] | None] | None:
         """The order after ``done``; its payload is None when all is over. None: ask again.
@@ -205,6 +211,7 @@ class TrainCrew:
             except RayActorError as error:
                 logger.warning("the controller of Ray Train was lost (%d): %s", attempt + 1, error)
                 self._failure = error
+                _give_back_places(desk)
             except BaseException as error:  # noqa: BLE001  (handed to the thread that waits)
                 self._failure = error
                 return
@@ -253,6 +260,22 @@ class TrainCrew:
                 f"no worker of Ray Train is up after {waited:.0f} s; each needs a {kind}, task_step.num_workers asks "
                 f"for {self.num_workers}, and the cluster has {have:g}, of which {free:g} are free"
             )
+
+
+def _give_back_places(desk: Any) -> None:
+    """Remove what a lost controller had reserved for its workers.
+
+    Ray keeps it until the job ends. Ray Train has an actor that does this, but that one asks Ray's dashboard, which a
+    session on one machine does not have; without the place the next fit would wait for ever.
+    """
+    import ray
+    from ray.util.placement_group import remove_placement_group
+
+    try:
+        for group in ray.get(desk.groups.remote(), timeout=30.0):
+            remove_placement_group(group)
+    except Exception as error:  # noqa: BLE001  (the next fit tells if there is no place)
+        logger.warning("the place of lost workers was not given back: %s", error)
 
 
 def work_at_desk(config: dict[str, Any]) -> None:
@@ -314,11 +337,12 @@ def _say_nothing(done: int, total: int, epoch: float, values: dict[str, float]) 
 def _give_signs_of_life(desk: Any, rank: int) -> None:
     """Runs beside the training; ends a process that is still at work (or stuck) long after all is over."""
     import ray
+    from ray.util.placement_group import get_current_placement_group
 
-    over = 0
+    over, group = 0, get_current_placement_group()
     while True:
         try:
-            over += bool(ray.get(desk.ping.remote(rank), timeout=60.0))
+            over += bool(ray.get(desk.ping.remote(rank, group), timeout=60.0))
         except Exception:  # noqa: BLE001  (the desk may be gone for good, and with it the driver)
             return
         if over > 5:

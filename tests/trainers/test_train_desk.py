@@ -65,3 +65,14 @@ def test_the_first_word_about_an_order_counts_and_the_end_is_told_to_all() -> No
         assert await desk.next(1, None) == (1, None)
 
     asyncio.run(scene())
+
+
+def test_places_of_lost_workers_are_named_once() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        assert await desk.ping(0, "group a") is False
+        await desk.ping(1, None)
+        assert await desk.groups() == ["group a"]
+        assert await desk.groups() == []
+
+    asyncio.run(scene())
