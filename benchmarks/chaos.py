@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -529,6 +529,17 @@ def wanted(words: list[str]) -> list[Scenario]:
     return [scenario for scenario in SCENARIOS if is_wanted(scenario)]
 
 
+@contextmanager
+def work_folder(kept: Path | None) -> Iterator[str]:
+    """Where all is done: a folder that is removed afterwards, or one that is kept."""
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield str(kept)
+        return
+    with tempfile.TemporaryDirectory(prefix="rl-exit-chaos-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="runs of each scenario")
@@ -540,7 +551,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no trial after so many")
     parser.add_argument("--list", action="store_true", help="the faults, and no more")
     parser.add_argument("--lane", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="keep the undisturbed runs here for the next session")
     parser.add_argument("--command", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.list:
@@ -553,8 +564,8 @@ def main() -> None:
     if args.fresh:
         args.out.unlink(missing_ok=True)
     given = [word for word in sys.argv[1:] if word != "--fresh"]
-    command = " ".join(["python benchmarks/chaos.py", *sys.argv[1:]])
-    with tempfile.TemporaryDirectory(prefix="rl-exit-chaos-", ignore_cleanup_errors=True) as folder:
+    command = " ".join(["python benchmarks/chaos.py", *sys.argv[1:]]).replace(f" --folder {args.folder}", "")
+    with work_folder(args.folder) as folder:
         own = ["--folder", folder, "--command", command]
 
         def start(lane: int) -> subprocess.Popen[bytes]:

@@ -231,6 +231,8 @@ class _Alternation:
         if c.init.model is not None:
             self.display.say(f"initialisation taken from {c.init.model}")
             return take_initialised(c.init.model, folder / "start", folder / "model")
+        if not self.writes:
+            self.workers.begin_store()
         job = ExitTraining(
             model=str(folder / "start"),
             instances=str(self.run.instances("train")),

@@ -123,6 +123,10 @@ class StoreCrew:
         self._timeout = START_SECONDS if timeout is None else timeout
         self._workers: list[_Worker] = []
 
+    def start(self) -> None:
+        """Start the actors ahead of the first store, without waiting; for those that are kept and have their place."""
+        self._workers += [_Worker(self._use_gpu) for _ in range(self._num_workers - len(self._workers))]
+
     def build(self, job: StoreJob, todo: list[int], model_path: Path, instances_path: Path) -> Iterator[int]:
         """Build shards.
 

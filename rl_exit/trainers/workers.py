@@ -51,17 +51,25 @@ class Workers:
         if "task_step.num_workers" not in self._kept:
             self._stop_train()
 
+    def begin_store(self) -> None:
+        """Start builders that stay, so that they are up when the first store is built; does not wait for them."""
+        if self._config.store.num_workers and "store.num_workers" in self._kept:
+            self._store_crew().start()
+
     @contextmanager
     def store(self) -> Iterator[StoreCrew | None]:
         """Builders for one store; None: it is built in this process."""
-        store = self._config.store
-        if store.num_workers and self._store is None:
-            from rl_exit.trainers.store_workers import StoreCrew
-
-            self._store = StoreCrew(store.num_workers, store.use_gpu, self._config.placement.timeout)
-        yield self._store
+        yield self._store_crew() if self._config.store.num_workers else None
         if "store.num_workers" not in self._kept:
             self._stop_store()
+
+    def _store_crew(self) -> StoreCrew:
+        if self._store is None:
+            from rl_exit.trainers.store_workers import StoreCrew
+
+            store = self._config.store
+            self._store = StoreCrew(store.num_workers, store.use_gpu, self._config.placement.timeout)
+        return self._store
 
     def await_policy_room(self) -> None:
         """Wait until learners and env runners can be placed.

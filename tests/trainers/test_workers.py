@@ -18,8 +18,11 @@ class Crew:
     made: list[Crew] = []  # noqa: RUF012
 
     def __init__(self, *settings: Any) -> None:
-        self.settings, self.stopped = settings, False
+        self.settings, self.stopped, self.started = settings, False, 0
         Crew.made.append(self)
+
+    def start(self) -> None:
+        self.started += 1
 
     def stop(self) -> None:
         assert not self.stopped
@@ -52,6 +55,18 @@ def test_kept_workers_are_the_same_in_every_round_and_end_with_the_run(tmp_path:
     assert seen[:2] == seen[2:] and len(Crew.made) == 2
     assert [crew.settings for crew in seen[:2]] == [(2, False, tmp_path / "t", 7.0), (3, True, 7.0)]
     assert all(crew.stopped for crew in Crew.made)
+
+
+def test_builders_that_stay_are_started_ahead_of_their_first_turn(tmp_path: Path) -> None:
+    with Workers(load_config(None, WORDS), tmp_path, KEYS) as run:
+        run.begin_store()
+        with run.store() as crew:
+            assert Crew.made == [crew] and crew.started == 1
+    assert Crew.made[0].stopped
+    for words, kept in ((WORDS, KEYS[:1]), ([], KEYS)):  # they come and go, or there are none
+        with Workers(load_config(None, words), tmp_path, kept) as run:
+            run.begin_store()
+    assert len(Crew.made) == 1
 
 
 def test_workers_that_alternate_end_with_their_turn(tmp_path: Path) -> None:
