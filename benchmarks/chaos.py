@@ -474,6 +474,7 @@ class Results:
             "machine": machine([t["load_average"] for t in every]),
             "versions": versions(),
             "total": summary(every),
+            "not_run": [fault.name for fault in FAULTS if not faults.get(fault.name, {}).get("trials")],
             "faults": ordered,
         }
 

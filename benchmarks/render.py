@@ -240,8 +240,10 @@ def chaos(results: dict[str, Any]) -> str:
     again = sum(len(found["missed"]) for found in results["faults"].values())
     origin = (
         f"`{results['command']}`, {results['date']}, {results['machine']}, Ray {results['versions']['ray']}; "
-        f"{again} trials did not count (the harm did not hit, or a later fault ended the run) and were done again.\n"
+        f"{again} trials did not count (the harm did not hit, or a later fault ended the run).\n"
     )
+    if results["not_run"]:
+        origin += f"\nNot run so far: {'; '.join(results['not_run'])}.\n"
     return markdown_table(header, rows) + "\n" + origin
 
 
