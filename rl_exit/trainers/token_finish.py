@@ -25,7 +25,7 @@ from rl_exit.text_quality import BertScore, rouge_l
 from rl_exit.token_comparison import compare_rules
 from rl_exit.token_measurement import judge, tabulate
 from rl_exit.trainers.run_directory import RunDirectory, versions
-from rl_exit.trainers.token_steps import CURVE_POINTS, measure_split
+from rl_exit.trainers.token_evaluation import CURVE_POINTS, measure_split
 from rl_exit.trainers.token_store import tokens_of
 from rl_exit.writing import Written, write_texts
 
