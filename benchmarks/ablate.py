@@ -4,8 +4,9 @@
 
 Runs of one task with the default recipe, finished, by seed; backbone and exits are not trained again. Policies are
 trained on the run's kept store (or, for ``fitted``, on one that is made of the instances that the exits were fitted
-to; variants that are the run's own recipe are left out) and measured on test where it is labelled, else on dev. Points are those of ``rl-exit compare``: most saved layers
-at no loss and within 1 point of full depth, pooled over seeds, with the paired difference to the default's.
+to) and measured on test where it is labelled, else on dev; variants that are the run's own recipe are left out. Points
+are those of ``rl-exit compare``: most saved layers at no loss and within 1 point of full depth, pooled over seeds, with
+the paired difference to the default's.
 """
 
 from __future__ import annotations
