@@ -26,8 +26,9 @@ from ray import serve
 from ray.exceptions import RayActorError
 
 from rl_exit.errors import ConfigError, UserError
-from rl_exit.serving.http import Front, Refusal, build_app
+from rl_exit.serving.http import Front, build_app
 from rl_exit.serving.schema import Limits, ModelInfo, Wish
+from rl_exit.serving.web import Refusal
 
 NAME = "rl-exit"
 GIVEN_UP = 8  # replicas that may die under one request before it is refused
@@ -210,8 +211,8 @@ class HttpFront:
         self.application = build_app(self._front)
 
     async def drain(self, timeout: float) -> int:
-        """See :meth:`rl_exit.serving.http.Front.drain`."""
-        return await self._front.drain(timeout)
+        """See :meth:`rl_exit.serving.web.Door.drain`."""
+        return await self._front.door.drain(timeout)
 
 
 class _Delegate:

@@ -27,8 +27,8 @@ from rl_exit.cli import app
 from rl_exit.cluster import serving
 from rl_exit.cluster.serving import Replicas, ServeOptions, check_address
 from rl_exit.errors import ConfigError, UserError
-from rl_exit.serving.http import Refusal
 from rl_exit.serving.schema import Wish
+from rl_exit.serving.web import Refusal
 
 TEXTS = ["the old cat", "a hammer", "my red drill near the dog", "saw"]
 
