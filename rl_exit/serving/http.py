@@ -24,7 +24,7 @@ from rl_exit.serving.schema import (
     Wish,
     unknown_point,
 )
-from rl_exit.serving.web import Door, Refusal, add_common, problems
+from rl_exit.serving.web import Door, Refusal, add_common, plain_schema, problems
 
 PAGE = {
     "/": ("serve.html", "text/html"),
@@ -158,17 +158,12 @@ def _wish(body: OneText | ManyTexts) -> Wish:
 
 def _schema(app: FastAPI, limits: Limits) -> dict[str, Any]:
     """The OpenAPI schema with the limits of this server."""
-    from fastapi.openapi.utils import get_openapi
 
-    if app.openapi_schema is None:
-        tree = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        parts = tree["components"]["schemas"]
-        for unused in ("HTTPValidationError", "ValidationError"):
-            parts.pop(unused, None)
+    def limited(parts: dict[str, Any]) -> None:
         for found in (*parts["OneText"]["properties"].values(), *parts["ManyTexts"]["properties"].values()):
             _limit(found, limits)
-        app.openapi_schema = tree
-    return app.openapi_schema
+
+    return plain_schema(app, limited)
 
 
 def _limit(node: dict[str, Any], limits: Limits) -> None:

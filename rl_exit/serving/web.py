@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -136,6 +137,23 @@ def problems(**more: str) -> dict[int | str, dict[str, Any]]:
         **more,
     }
     return {int(status[1:]): {"model": Problem, "description": text} for status, text in sorted(said.items())}
+
+
+def plain_schema(app: FastAPI, finish: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The OpenAPI schema of an application, made once.
+
+    Args:
+        app: Whose.
+        finish: Given the schemas by name, to add what pydantic does not know.
+    """
+    if app.openapi_schema is None:
+        tree = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        parts = tree["components"]["schemas"]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            parts.pop(unused, None)
+        finish(parts)
+        app.openapi_schema = tree
+    return app.openapi_schema
 
 
 def _page(file: str, kind: str) -> Callable[[], Any]:

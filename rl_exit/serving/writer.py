@@ -1,14 +1,15 @@
 """A decoder in a thread of its own, and what a replica of the server does with it: prompts in, tokens out.
 
-The thread runs turns of a :class:`rl_exit.serving.decoding.ContinuousBatch`; every token goes to whoever asked for it as
-soon as it is there. No HTTP and no Ray here.
+The thread runs turns of a :class:`rl_exit.serving.decoding.ContinuousBatch`; every token goes to whoever asked for it
+as soon as it is there. No HTTP and no Ray here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -21,28 +22,9 @@ from rl_exit.generation.loop import Event
 from rl_exit.generation.sampling import settings_of
 from rl_exit.models.pretrained import position_limit
 from rl_exit.serving.decoding import ContinuousBatch, Order, Writing
-from rl_exit.serving.schema import FULL_DEPTH, Wish, unknown_point
+from rl_exit.serving.schema import FULL_DEPTH, Wish, WriteRequest, unknown_point
 
 Tell = Callable[[Event | Exception], None]
-
-
-@dataclass(frozen=True)
-class WriteRequest:
-    """What a request asks for; made of plain values, so that it can go to another process.
-
-    Attributes:
-        prompts: One or more texts.
-        options: Settings by the names of :class:`rl_exit.generation.sampling.Settings`.
-        seed: Of the draws; prompt i is drawn with ``seed + i``.
-        wish: When tokens leave.
-        given: For each prompt the tokens that the client has already; none at all: nothing yet.
-    """
-
-    prompts: Sequence[str]
-    options: dict[str, Any]
-    seed: int
-    wish: Wish = Wish()
-    given: Sequence[Sequence[int]] = ()
 
 
 @dataclass(eq=False)
@@ -172,7 +154,7 @@ class WritingService:
         self.engine = WritingEngine(ContinuousBatch(model, rows, self.capacity))
         self.rule_for = lru_cache(maxsize=64)(self._rule)
 
-    async def stream(self, request: WriteRequest) -> AsyncIterator[list[dict[str, Any]]]:
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[list[dict[str, Any]], None]:
         """Write; yields the tokens that have come since the last time, each a mapping.
 
         The tokens of ``request.given`` are not told again. A mapping has ``index`` (of the prompt), ``token``, ``text``
@@ -209,15 +191,17 @@ class WritingService:
                 ticket.cancel()
 
     async def whole(self, request: WriteRequest) -> list[dict[str, Any]]:
-        """Write to the end; all tokens as :meth:`stream` tells them.
+        """Write to the end; all tokens as :meth:`stream` tells them, with ``seconds`` since the request came here.
 
         Raises:
             UserError: As :meth:`stream`.
         """
+        started = time.monotonic()
         found: list[dict[str, Any]] = []
         async with aclosing(self.stream(request)) as parts:
             async for part in parts:
-                found += part
+                seconds = time.monotonic() - started
+                found += [{**token, "seconds": seconds} for token in part]
         return found
 
     async def states(self) -> dict[str, dict[str, Any]]:
@@ -247,7 +231,7 @@ class WritingService:
             room = self.capacity - len(prompt)
             if room < 1:
                 raise DataError(
-                    f"a prompt of {len(prompt)} tokens; accepted: up to {self.capacity - 1}, as one position must be left"
+                    f"a prompt of {len(prompt)} tokens; accepted: up to {self.capacity - 1}, so that one can follow"
                 )
             fitting = min(settings.max_new_tokens, room)
             settings = replace(settings, max_new_tokens=fitting, seed=request.seed + number)
