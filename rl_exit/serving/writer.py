@@ -7,6 +7,7 @@ as soon as it is there. No HTTP and no Ray here.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -16,8 +17,9 @@ from functools import lru_cache
 from typing import Any
 
 from rl_exit.criteria import Criterion, Fixed
-from rl_exit.errors import ConfigError, DataError
+from rl_exit.errors import ConfigError, DataError, ModelError
 from rl_exit.generation.api import encode_prompts, the_rule
+from rl_exit.generation.engine import Engine
 from rl_exit.generation.loop import Event
 from rl_exit.generation.sampling import settings_of
 from rl_exit.models.pretrained import position_limit
@@ -256,6 +258,19 @@ def context_of(model: Any, max_context: int) -> int:
         raise ConfigError(f"max_context = {max_context}; accepted: a whole number from 2")
     limit = position_limit(model.backbone.model.config)
     return max_context if limit is None else min(max_context, limit)
+
+
+def check_writer(model: Any, name: str) -> None:
+    """Say at once what would fail at every request.
+
+    Raises:
+        ModelError: The model has no tokenizer, its family generates no text, or its weights are not finite numbers.
+    """
+    if model.tokenizer is None:
+        raise ModelError(f"model '{name}' has no tokenizer, so it cannot read prompts")
+    if not math.isfinite(float(model.head_weight.detach().sum())):
+        raise ModelError(f"model '{name}': its weights are not finite numbers, it is damaged")
+    Engine(model, 1, 2)
 
 
 def _plain(event: Event) -> dict[str, Any]:

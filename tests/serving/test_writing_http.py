@@ -1,4 +1,4 @@
-"""The HTTP API of a decoder in this process: texts, streams, limits, refusals, clients that go away, metrics, ending."""
+"""The HTTP API of a decoder in this process: texts, streams, refusals, clients that go away, metrics, ending."""
 
 from __future__ import annotations
 
