@@ -35,7 +35,7 @@ class Server:
 
     def wait(self, seconds: float = 240.0) -> None:
         until = time.monotonic() + seconds
-        while "serving " not in self.log.read_text():
+        while not any(line.startswith("serving ") for line in self.log.read_text().splitlines()):
             assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
             time.sleep(0.1)
 
