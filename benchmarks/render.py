@@ -463,6 +463,27 @@ def clock(results: dict[str, Any]) -> str:
     return f"{origin}\n{markdown_table(header, rows)}"
 
 
+def order(results: dict[str, Any]) -> str:
+    """The bounds of docs/generation.md, with their origin."""
+    rows = [
+        [
+            case["name"],
+            f"{case['cost'][0]:.2f}",
+            f"{case['cost'][-1]:.2f}",
+            *(f"{case[key][what]:.2f}" for key in ("steps", "best") for what in ("speedup", "share")),
+        ]
+        for case in results["cases"]
+    ]
+    batch = results["batch"]
+    header = ["", "1 row, ms", f"{batch} rows, ms", "steps: speed-up", "share", "best order: speed-up", "share"]
+    machine = results["machine"]
+    origin = (
+        f"`{results['command']}` of {results['date'][:10]}: batch {batch}, {machine['cpu']}, one thread, load average at "
+        f"the end {machine['load_average_at_end']:.1f}, torch {results['versions']['torch']}.\n"
+    )
+    return f"{origin}\n{markdown_table(header, rows)}"
+
+
 def curves(results: dict[str, Any]) -> str:
     """Decoders: every rule at equal speeds, and what Learn-then-Test allows."""
     if not results:
@@ -498,6 +519,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tasks": ("runs", tasks),
     "learning": ("learning-stackoverflow", learning),
     "clock": ("generation-clock", clock),
+    "order": ("generation-order", order),
     "comparisons": ("compare-*", comparisons),
     "ablations": ("ablation-*", ablations),
     "chaos": ("chaos", chaos),
