@@ -478,8 +478,8 @@ def order(results: dict[str, Any]) -> str:
     header = ["", "1 row, ms", f"{batch} rows, ms", "steps: speed-up", "share", "best order: speed-up", "share"]
     machine = results["machine"]
     origin = (
-        f"`{results['command']}` of {results['date'][:10]}: batch {batch}, {machine['cpu']}, one thread, load average at the "
-        f"end {machine['load_average_at_end']:.1f}, torch {results['versions']['torch']}.\n"
+        f"`{results['command']}` of {results['date'][:10]}: batch {batch}, {machine['cpu']}, one thread, load average "
+        f"at the end {machine['load_average_at_end']:.1f}, torch {results['versions']['torch']}.\n"
     )
     return f"{origin}\n{markdown_table(header, rows)}"
 
