@@ -4,8 +4,9 @@
 
 Runs of one task with the default recipe, finished, by seed; backbone and exits are not trained again. Policies are
 trained on the run's kept store (or, for ``fitted``, on one that is made of the instances that the exits were fitted
-to) and measured on test where it is labelled, else on dev. Points are those of ``rl-exit compare``: most saved layers
-at no loss and within 1 point of full depth, pooled over seeds, with the paired difference to the default's.
+to) and measured on test where it is labelled, else on dev; variants that are the run's own recipe are left out. Points
+are those of ``rl-exit compare``: most saved layers at no loss and within 1 point of full depth, pooled over seeds, with
+the paired difference to the default's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rl_exit.comparison.bootstrap import resamples
 from rl_exit.comparison.evidence import Scores, Split
 from rl_exit.comparison.figures import MethodFigures, full_depth, measure_method
 from rl_exit.comparison.pool import gain_tree, point_tree, pooled
+from rl_exit.config import RunConfig
 from rl_exit.criteria import StoredSplit, criterion, scores_from_store
 from rl_exit.data.instances import Instances
 from rl_exit.envs.state_store import StateStore
@@ -33,10 +35,10 @@ from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.policy import PolicyHeads
 from rl_exit.progress import Silent
 from rl_exit.seeding import derive_seed
-from rl_exit.trainers.alternation import policy_settings
 from rl_exit.trainers.policy_phase import train_policy
 from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
 from rl_exit.trainers.run_directory import RunDirectory, versions
+from rl_exit.trainers.steps import policy_settings
 from rl_exit.trainers.store_evaluation import answers_of, exit_logits_of
 from rl_exit.trainers.store_phase import build_store
 
@@ -47,6 +49,7 @@ MOST = 8000  # Fitted instances that the variant "fitted" has, at most.
 VARIANTS: dict[str, dict[str, Any]] = {
     "evidence": {},
     "answers as the exit does": {"answer": "exit"},
+    "answers of its own": {"answer": "own"},
     "own weights at each layer": {"shared": False},
     "reads the state": {"inputs": "state", "shared": False, "epochs": 10},
     "reads both": {"inputs": "both", "epochs": 20},
@@ -85,9 +88,10 @@ def main() -> None:
     runs = [RunDirectory.open(Path(word)) for word in sys.argv[1:]]
     if not runs:
         raise SystemExit(__doc__)
-    figures: dict[str, dict[int, MethodFigures]] = {name: {} for name in (*VARIANTS, *BASELINES)}
+    variants = {name: changes for name, changes in VARIANTS.items() if not changes or _differs(changes, runs[0].config)}
+    figures: dict[str, dict[int, MethodFigures]] = {name: {} for name in (*variants, *BASELINES)}
     for run in runs:
-        for name, found in _measure(run).items():
+        for name, found in _measure(run, variants).items():
             figures[name][run.config.seed] = found
         print(f"{run.path}: done", file=sys.stderr)
     layers = int(read_json(runs[0].path / "results.json")["num_layers"])
@@ -123,7 +127,19 @@ def _split_name(run: RunDirectory) -> str:
     return "test" if "test" in read_json(run.path / "data" / "task.json")["sizes"] else "dev"
 
 
-def _measure(run: RunDirectory) -> dict[str, MethodFigures]:
+def _differs(changes: dict[str, Any], config: RunConfig) -> bool:
+    """Whether a variant changes anything of a configuration."""
+    of = config.policy.model_dump() | {
+        "reward": config.reward.name,
+        "alpha": config.reward.alpha,
+        "algorithm": config.algorithm,
+        "width": config.model.policy_width,
+        "fitted": False,
+    }
+    return any(of[key] != value for key, value in changes.items())
+
+
+def _measure(run: RunDirectory, variants: dict[str, dict[str, Any]]) -> dict[str, MethodFigures]:
     task = read_json(run.path / "data" / "task.json")
     name = _split_name(run)
     model = EarlyExitModel.from_pretrained(run.path / "init" / "model")
@@ -161,7 +177,7 @@ def _measure(run: RunDirectory) -> dict[str, MethodFigures]:
             stored = StoredSplit.from_logits(measured.labels, logits if answers is None else answers)
             scores = scores_from_store(criterion("max_probability", threshold=0.5), stored)
             found[baseline] = figures(scores, answers)
-        for variant, changes in VARIANTS.items():
+        for variant, changes in variants.items():
             settings = dict(changes)
             inputs = settings.pop("inputs", run.config.policy.inputs)
             source = (fitted if settings.pop("fitted", False) else kept).path

@@ -32,9 +32,9 @@ from rl_exit.models.causal import EarlyExitCausalModel
 from rl_exit.text_quality import rouge_l
 from rl_exit.token_comparison import calibrated_on_text, compare_rules, rules_of
 from rl_exit.token_measurement import judge, tabulate
-from rl_exit.trainers.alternation import policy_settings
 from rl_exit.trainers.policy_phase import train_policy
 from rl_exit.trainers.run_directory import versions
+from rl_exit.trainers.steps import policy_settings
 from rl_exit.trainers.token_store import build_block
 from rl_exit.writing import write_texts
 

@@ -149,6 +149,18 @@ def ablations(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def criteria_time(tree: dict[str, Any]) -> str:
+    """Seconds of asking every criterion at every threshold, from benchmarks/criteria.py."""
+    slowest = sorted(tree["seconds"], key=tree["seconds"].get, reverse=True)[:3]
+    named = ", ".join(f"{word} {tree['seconds'][word]:.1f} s" for word in slowest)
+    return (
+        f"All {len(tree['seconds'])} criteria over all their thresholds on {tree['instances']} instances "
+        f"({tree['layers']} layers, {tree['classes']} classes): {tree['total_seconds']:.1f} s, most of all {named} "
+        f"(`{tree['command']}`, {tree['date'][:10]}, {tree['threads']} thread, load average "
+        f"{tree['load_average']:.1f}, torch {tree['versions']['torch']}).\n"
+    )
+
+
 def own_answers(results: dict[str, dict[str, Any]]) -> str:
     """What the policy's own answers bring on instances kept from the exits, from benchmarks/answers.py."""
     if not results:
@@ -501,6 +513,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "curves": ("curves-*", curves),
     "written": ("writing-*", written),
     "answers": ("answers-*", own_answers),
+    "criteria": ("criteria", criteria_time),
 }
 # Image -> (results file, drawing).
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

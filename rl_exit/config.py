@@ -526,7 +526,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML keeps the last without a word."""
+    """Refuses what YAML takes without a word: a key given twice (it keeps the last), and 1:30 (it reads 90)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -534,6 +534,26 @@ class _Loader(yaml.SafeLoader):
             if key.value in {earlier.value for earlier in keys[:number]}:
                 raise yaml.MarkedYAMLError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        _refuse_base_sixty(node)
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        _refuse_base_sixty(node)
+        return super().construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+
+
+def _refuse_base_sixty(node: yaml.ScalarNode) -> None:
+    if ":" in node.value:
+        raise yaml.MarkedYAMLError(
+            problem=f"'{node.value}' is no number; if it is meant as text, put it into quotes",
+            problem_mark=node.start_mark,
+        )
 
 
 def parse_yaml(text: str) -> Any:

@@ -103,11 +103,36 @@ def render(
         exit_charts=charts,
         training=training,
         training_note=metrics if isinstance(metrics, str) else "metrics.parquet holds no rows.",
-        total_time=f"{figures.duration(sum(phases.values()))} in all phases together." if phases else "",
+        total_time=_total_time(phases),
+        phases=_phase_rows(phases),
         config=sections,
         config_note=config_note,
         versions=list((results.get("versions") or {}).items()),
     )
+
+
+# Steps that train exits or backbone: what plain fine-tuning of as many epochs would cost too.
+_FINE_TUNING = ("init", "task")
+
+
+def _total_time(phases: Mapping[str, float]) -> str:
+    """The sum in words, and how many times the fine-tuning in it that is."""
+    if not phases:
+        return ""
+    total = sum(phases.values())
+    tuning = sum(value for name, value in phases.items() if name.rsplit("-", 1)[-1] in _FINE_TUNING)
+    # Less than that is no training: the initialisation was taken from elsewhere.
+    ratio = f" That is {total / tuning:.2f} times its fine-tuning (init and task steps)." if tuning > total / 20 else ""
+    return f"{figures.duration(total)} in all phases together.{ratio}"
+
+
+def _phase_rows(phases: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Phase, time, share."""
+    total = sum(phases.values()) or 1.0
+    return [
+        (name.replace("_", " "), figures.duration(value), f"{100 * value / total:.1f} %")
+        for name, value in phases.items()
+    ]
 
 
 def _read_run(

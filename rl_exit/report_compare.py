@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rl_exit.comparison.charts import groups_trade_off, points, trade_off
 from rl_exit.comparison.tables import (
     GROUP_HEADER,
@@ -89,9 +91,16 @@ def _facts(tree: Tree) -> list[tuple[str, str]]:
         ("split", f"{tree['split']}, {tree['num_instances']:,} instances"),
         ("seeds", ", ".join(map(str, tree["seeds"]))),
         ("layers", str(tree["num_layers"])),
+        *([("a layer counts", _layer_costs(tree))] if tree.get("cost") == "latency" else []),
         ("metric", metric_name(tree["metric"])),
         ("full depth", f"{100 * tree['full_depth_score']['pooled']:.2f} %"),
     ]
+
+
+def _layer_costs(tree: Tree) -> str:
+    """The measured price of each layer, first seed."""
+    steps = np.diff(tree["layer_costs"][0], prepend=0.0)
+    return f"its time: {' '.join(f'{value:.2f}' for value in steps)}"
 
 
 def _headline(tree: Tree) -> list[str]:

@@ -92,6 +92,14 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
         load_config(file)
 
 
+@pytest.mark.parametrize("text", ["1:30", "1:30.5"])
+def test_a_number_of_base_sixty_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "time.yaml"
+    file.write_text(f"seed: {text}\n")
+    with pytest.raises(ConfigError, match=rf"'{text}' is no number.* line 1"):
+        load_config(file)
+
+
 def test_missing_file() -> None:
     with pytest.raises(ConfigError, match="no such configuration file"):
         load_config("nowhere.yaml")

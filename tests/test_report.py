@@ -180,6 +180,15 @@ def test_page_is_complete(run_dir: Path) -> None:
     assert "2.55.0" in page.text and "5 min 01 s" in page.text
 
 
+def test_where_the_time_went(run_dir: Path) -> None:
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    total, tuning = 8.2 + 141.0 + 12.5 + 38.0 + 95.0 + 6.1, 141.0 + 95.0
+    assert f"{total / tuning:.2f} times its fine-tuning" in page
+    assert f"<td>2 min 21 s</td><td>{14100 / total:.1f} %</td>" in page
+    change(run_dir / "results.json", seconds={"init": 0.4, "round-1-policy": 9.0})
+    assert "its fine-tuning" not in write_report(run_dir).read_text(encoding="utf-8"), "none was done here"
+
+
 def test_page_loads_nothing(run_dir: Path) -> None:
     page = written(run_dir)
     links = [attrs.get(name) for _, attrs in page.tags for name in ("src", "href", "action", "data", "srcset")]

@@ -19,6 +19,7 @@ from rl_exit.cli.common import (
     split_words,
     told,
 )
+from rl_exit.errors import UserError
 
 
 @app.command(epilog="Example: `rl-exit analyse runs/docstrings --alphas 0.05,0.1,0.2`")
@@ -59,6 +60,7 @@ def compare(
     ] = None,
     replicates: Annotated[int, typer.Option(min=0, help="Draws of the bootstrap; usual 1000-10000.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    cost: Annotated[str, typer.Option(help="layers, or latency: each layer counts its measured time.")] = "layers",
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
@@ -68,6 +70,8 @@ def compare(
     from rl_exit.trainers.compare import compare_runs, outputs, write_comparison
 
     words = [word.strip() for word in (methods or "").split(",") if word.strip()]
+    if cost not in ("layers", "latency"):
+        raise UserError(f"--cost {cost}: accepted: layers, latency")
     where = outputs(runs, output)
     tree = compare_runs(
         runs,
@@ -77,6 +81,7 @@ def compare(
         replicates=replicates,
         seed=seed,
         command=" ".join(["rl-exit", *sys.argv[1:]]),
+        cost="latency" if cost == "latency" else "layers",
     )
     write_comparison(tree, where)
     if as_json:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rl_exit.comparison.tables import NAMES, POINTS, criterion_name, method_name, ranked
+from rl_exit.comparison.tables import NAMES, POINTS, counted, criterion_name, method_name, ranked
 from rl_exit.figures import Figure, metric_name, plain
 
 _HUES = ("var(--orange)", "var(--green)", "var(--pink)", "var(--sky)", "var(--red)", "var(--ink)")
@@ -111,7 +111,7 @@ def points(tree: Mapping[str, Any], group: str, exits: str) -> Figure:
         }
     )
     layout = {
-        "xaxis": {"title": {"text": "saved layers in %"}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": f"saved {counted(tree)} in %"}, "rangemode": "tozero"},
         "yaxis": {"autorange": "reversed", "automargin": True, "type": "category", "dtick": 1},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         "hovermode": "closest",
@@ -140,7 +140,7 @@ def _curve(name: str, method: Mapping[str, Any], layers: int, line: Mapping[str,
 
 def _bars(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The scores that the operating points ask for, as lines."""
-    reference, reach = tree["full_depth_score"]["pooled"], 100 * (1 - 1 / tree["num_layers"])
+    reference, reach = tree["full_depth_score"]["pooled"], 100 * (1 - least_cost(tree) / tree["num_layers"])
     return [
         {
             "type": "scatter",
@@ -183,12 +183,17 @@ def _beyond(oracle: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def least_cost(tree: Mapping[str, Any]) -> float:
+    """What leaving at layer 1 costs, in layers."""
+    return float(min(costs[0] for costs in tree.get("layer_costs") or [[1.0]]))
+
+
 def _trade_off_layout(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     reference = tree["full_depth_score"]["pooled"]
     highest = max((score for key in keys for _, score in tree["methods"][key]["curve"]), default=reference)
-    reach = 100 * (1 - 1 / tree["num_layers"])
+    reach = 100 * (1 - least_cost(tree) / tree["num_layers"])
     return {
-        "xaxis": {"title": {"text": "saved layers in %"}, "range": [-1, reach + 1]},
+        "xaxis": {"title": {"text": f"saved {counted(tree)} in %"}, "range": [-1, reach + 1]},
         "yaxis": {
             "title": {"text": f"{metric_name(tree['metric'])} in %"},
             "range": [100 * (reference - _BELOW), 100 * (max(highest, reference) + _ABOVE)],

@@ -25,12 +25,14 @@ class Split:
         labels: [N] in 0..C-1.
         predictions: [N, L], class that each exit predicts.
         num_classes: C.
+        costs: [L] rising, what leaving at each layer costs, in layers: L at the last; None: the layer's number.
     """
 
     ids: IntArray
     labels: IntArray
     predictions: IntArray
     num_classes: int
+    costs: npt.NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.labels)
@@ -49,6 +51,11 @@ class Split:
     def num_layers(self) -> int:
         """L."""
         return int(self.predictions.shape[1])
+
+    @property
+    def depths(self) -> npt.NDArray[np.float64]:
+        """What leaving at each layer costs, in layers, [L]."""
+        return np.arange(1.0, self.num_layers + 1.0) if self.costs is None else self.costs
 
 
 @dataclass(frozen=True, eq=False)

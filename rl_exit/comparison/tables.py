@@ -154,6 +154,11 @@ def group_rows(tree: Tree) -> list[Row]:
     return rows
 
 
+def counted(tree: Tree) -> str:
+    """What is saved: layers, or their measured time."""
+    return "time" if tree.get("cost") == "latency" else "layers"
+
+
 def verdicts(tree: Tree) -> list[str]:
     """One sentence per operating point: ours against the best baseline."""
     sentences = []
@@ -170,7 +175,7 @@ def verdicts(tree: Tree) -> list[str]:
         share = tree["gap_closed"][point]
         gap = f"; {100 * share:.0f} % of the way from there to the oracle" if share is not None and share > 0 else ""
         sentences.append(
-            f"{words}: ConsistentEE saves {100 * ours['saved_layers']:.1f} % of the layers, the best baseline "
+            f"{words}: ConsistentEE saves {100 * ours['saved_layers']:.1f} % of the {counted(tree)}, the best baseline "
             f"({method_name(tree, gain['baseline'])}) {100 * other['saved_layers']:.1f} %: a difference of "
             f"{gain_text(gain)} points, {said}{gap}"
         )

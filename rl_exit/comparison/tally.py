@@ -28,8 +28,8 @@ class Measured:
 
     Attributes:
         score: [G, R], fraction (MCC: -1..1).
-        saved: [G, R], saved layers as a fraction; row 0 is ``1 - 1/L`` (all leave at layer 1), the last row 0 (nobody
-            leaves before L), never rising in between.
+        saved: [G, R], saved layers as a fraction; row 0 is ``1 - 1/L`` (all leave at layer 1; with measured costs what
+            that saves), the last row 0 (nobody leaves before L), never rising in between.
     """
 
     score: Doubles
@@ -75,7 +75,7 @@ class Tally:
     Attributes:
         metric: ``accuracy``, ``f1`` (positive class 1) or ``mcc``.
         num_layers: L.
-        layers: [G, N] sparse, changes of the exit layer.
+        layers: [G, N] sparse, changes of what leaving costs, in layers.
         right: [G, N] sparse, changes of "the answer is right".
         predicted: For each class that the metric counts: [G, N] sparse, changes of "this class is predicted".
         actual: For each of these classes: [N], whether it is the label.
@@ -148,18 +148,22 @@ def tally(split: Split, scores: npt.ArrayLike, cuts: npt.ArrayLike, metric: str)
     move[:, 1:] = 1 + np.searchsorted(bounds[1:], np.maximum.accumulate(values, axis=1), side="left")
     shape = (len(bounds), count)
     right = split.predictions == split.labels[:, None]
-    depth = np.broadcast_to(np.arange(1, layers + 1), (count, layers))
+    # Whole numbers are added exactly in float32; measured costs are not whole.
+    exact = np.float32 if split.costs is None else np.float64
+    depth = np.broadcast_to(split.depths.astype(exact), (count, layers))
 
     def changes(what: npt.NDArray[np.generic]) -> coo_array:
         return _changes(what.astype(np.float32), move, shape)
 
+    paid = _changes(depth, move, shape)
+
     if metric == "accuracy":
-        return Tally(metric, layers, changes(depth), changes(right))
+        return Tally(metric, layers, paid, changes(right))
     classes = [1] if metric == "f1" else list(range(split.num_classes))
     return Tally(
         metric,
         layers,
-        changes(depth),
+        paid,
         changes(right),
         tuple(changes(split.predictions == label) for label in classes),
         tuple((split.labels == label).astype(np.float32) for label in classes),
@@ -183,21 +187,21 @@ def measure_once(split: Split, layers: npt.ArrayLike, weights: Floats, metric: s
     answer = split.predictions[np.arange(split.num_instances), left - 1]
     alone = Split(split.ids, split.labels, answer[:, None], split.num_classes)
     score = tally(alone, np.empty((split.num_instances, 0)), [-np.inf], metric).measure(weights).score[0]
-    return score, 1.0 - (left @ weights) / (weights.sum(axis=0, dtype=np.float64) * split.num_layers)
+    return score, 1.0 - (split.depths[left - 1] @ weights) / (weights.sum(axis=0, dtype=np.float64) * split.num_layers)
 
 
-def _changes(values: Floats, move: npt.NDArray[np.int64], shape: tuple[int, int]) -> coo_array:
+def _changes(values: npt.NDArray[np.floating], move: npt.NDArray[np.int64], shape: tuple[int, int]) -> coo_array:
     """Sparse [G, N]: at cut ``move[i, l]`` instance i goes from ``values[i, l-1]`` to ``values[i, l]``."""
     step = np.diff(values, axis=1, prepend=0)
     rows = np.broadcast_to(np.arange(shape[1])[:, None], step.shape)
     keep = step != 0
-    return coo_array((step[keep], (move[keep], rows[keep])), shape=shape, dtype=np.float32).tocsr()
+    return coo_array((step[keep], (move[keep], rows[keep])), shape=shape, dtype=values.dtype).tocsr()
 
 
 def _running(changes: coo_array | None, weights: Floats) -> Doubles:
     """[G, R]: the count at every cut."""
     assert changes is not None
-    # Whole numbers far below 2^24, so float32 adds them exactly.
+    # In float32 whole numbers far below 2^24, which it adds exactly.
     moved = np.asarray(changes @ weights)
     for row in range(1, len(moved)):
         moved[row] += moved[row - 1]

@@ -31,12 +31,12 @@ from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.policy import PolicyHeads
 from rl_exit.progress import Display
 from rl_exit.seeding import derive_seed
-from rl_exit.trainers.alternation import policy_settings
 from rl_exit.trainers.analyse_hardness import hardness
 from rl_exit.trainers.kept_logits import kept_logits
 from rl_exit.trainers.policy_phase import train_policy
 from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
 from rl_exit.trainers.run_directory import RunDirectory, refuse_generation, versions
+from rl_exit.trainers.steps import policy_settings
 from rl_exit.trainers.store_evaluation import answers_of, evaluate_store, exit_logits_of
 from rl_exit.trainers.store_phase import model_fingerprint
 

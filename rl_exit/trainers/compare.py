@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rl_exit.comparison import REPLICATES, Group, compare
+from rl_exit.comparison.evidence import FINAL
 from rl_exit.criteria import CRITERIA
 from rl_exit.errors import UserError, nearest
 from rl_exit.files import write_json
@@ -47,6 +48,7 @@ def compare_runs(
     replicates: int = REPLICATES,
     seed: int = 0,
     command: str = "",
+    cost: Literal["layers", "latency"] = "layers",
 ) -> dict[str, Any]:
     """Hold every criterion on every run's exits against the others.
 
@@ -58,6 +60,7 @@ def compare_runs(
         replicates: Of the bootstrap.
         seed: Of the bootstrap.
         command: What was typed, for the record.
+        cost: What a saved layer counts: the same everywhere, or its measured time on this machine.
 
     Returns:
         The tree of docs/compare.md.
@@ -77,7 +80,7 @@ def compare_runs(
             for run in group.runs:
                 locks.enter_context(RunDirectory.locked(run.path))
         for group in groups:
-            evidence = [run_evidence(run, name, words, display) for run in group.runs]
+            evidence = [run_evidence(run, name, words, display, cost == "latency") for run in group.runs]
             found.append(Group(group.name, evidence, group.settings))
     gathered = time.perf_counter()
     with display.step(
@@ -90,6 +93,8 @@ def compare_runs(
     return {
         "task": task.name,
         "split": name,
+        "cost": cost,
+        "layer_costs": [run.sets[FINAL].split.depths.tolist() for run in found[0].runs],
         **tree,
         "seconds": {"evidence": gathered - started, "comparison": time.perf_counter() - gathered},
         "command": command,

@@ -30,6 +30,7 @@ from rl_exit.criteria.fitting import fit_criterion
 from rl_exit.criteria.learned import learned_words
 from rl_exit.criteria.stored import scores_from_store
 from rl_exit.data.instances import Instances
+from rl_exit.deployment import costs_of
 from rl_exit.envs.state_store import StateStore
 from rl_exit.errors import RunError
 from rl_exit.files import atomic_file, read_json, write_json
@@ -47,7 +48,9 @@ ON_DEV = ("right_tool",)
 _ANY_VALUE: dict[str, Any] = {"threshold": 0.5, "patience": 1, "depth": 1}
 
 
-def run_evidence(run: RunDirectory, split: str, words: Sequence[str], display: Display) -> SeedRun:
+def run_evidence(
+    run: RunDirectory, split: str, words: Sequence[str], display: Display, by_time: bool = False
+) -> SeedRun:
     """Read what is kept of a run, and compute what is missing.
 
     Args:
@@ -55,6 +58,7 @@ def run_evidence(run: RunDirectory, split: str, words: Sequence[str], display: D
         split: ``test`` or ``dev``: what is measured.
         words: Criteria.
         display: Where progress is shown.
+        by_time: Layers cost their measured time on this machine (:func:`rl_exit.deployment.costs_of`).
 
     Returns:
         One exit set, ``final``, where the best round is that of the initial exits; else also ``initial``.
@@ -72,7 +76,24 @@ def run_evidence(run: RunDirectory, split: str, words: Sequence[str], display: D
         if exits.fingerprint == initial.fingerprint:
             exits.trained_along = run.path / "init" / "model" / "criteria"
         found[exits.name] = exits.read(splits, words, display)
+    if by_time:
+        costs = _measured_costs(run, split, display)
+        found = {
+            name: replace(one, split=_at(one.split, costs), dev=_at(one.dev, costs)) for name, one in found.items()
+        }
     return SeedRun(run.config.seed, str(run.path), found)
+
+
+def _measured_costs(run: RunDirectory, split: str, display: Display) -> npt.NDArray[np.float64]:
+    """Time of leaving at each layer in units of a layer, at the run's batch size and a usual length, [L]."""
+    folder = run.path / "model"
+    costs = costs_of(EarlyExitModel.from_pretrained(folder).eval(), folder, display)
+    length = int(np.median(Instances.open(run.instances(split)).lengths))
+    return costs.in_layers(run.config.inference.batch_size, length)
+
+
+def _at(split: Any, costs: npt.NDArray[np.float64]) -> Any:
+    return None if split is None else replace(split, costs=costs)
 
 
 def own_threshold(word: str, cut: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from typing import Any
 
 from rl_exit.data.instances import Instances
@@ -23,6 +24,7 @@ def finish(run: RunDirectory, display: Display, best: dict[str, Any]) -> dict[st
         display: Where progress is shown.
         best: Outcome of the best round on dev.
     """
+    started = time.monotonic()
     config = run.config
     task = read_json(run.path / "data" / "task.json")
     model = EarlyExitModel.from_pretrained(run.path / "rounds" / str(best["round"]) / "model")
@@ -57,7 +59,7 @@ def finish(run: RunDirectory, display: Display, best: dict[str, Any]) -> dict[st
         **{split: headline(result) for split, result in splits.items()},
         "initial_full_depth": {split: result.full_depth_score for split, result in before.items()},
         "timing": timing,
-        "seconds": run.seconds(),
+        "seconds": {**run.seconds(), "final": time.monotonic() - started},
         "versions": versions(),
     }
     write_json(

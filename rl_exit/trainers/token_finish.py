@@ -25,7 +25,7 @@ from rl_exit.text_quality import BertScore, rouge_l
 from rl_exit.token_comparison import compare_rules
 from rl_exit.token_measurement import judge, tabulate
 from rl_exit.trainers.run_directory import RunDirectory, versions
-from rl_exit.trainers.token_steps import CURVE_POINTS, measure_split
+from rl_exit.trainers.token_evaluation import CURVE_POINTS, measure_split
 from rl_exit.trainers.token_store import tokens_of
 from rl_exit.writing import Written, write_texts
 
@@ -56,6 +56,7 @@ def finish_generation(run: RunDirectory, display: Display, best: dict[str, Any])
         display: Where progress is shown.
         best: Outcome of the best round on dev.
     """
+    started = time.monotonic()
     config = run.config
     task = read_json(run.path / "data" / "task.json")
     model: EarlyExitCausalModel = EarlyExitCausalModel.from_pretrained(
@@ -118,7 +119,7 @@ def finish_generation(run: RunDirectory, display: Display, best: dict[str, Any])
             split: {key: value for key, value in found.items() if key != "samples"} for split, found in text.items()
         },
         "timing": timing,
-        "seconds": run.seconds(),
+        "seconds": {**run.seconds(), "final": time.monotonic() - started},
         "versions": versions(),
     }
     write_json(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,9 +48,14 @@ def sklearn_score(metric: str, labels: np.ndarray, guess: np.ndarray, weights: n
     return float(metrics.matthews_corrcoef(truth, answer))
 
 
+@pytest.mark.parametrize("costs", [None, np.array([0.7, 1.9, 2.85, 4.0])])
 @pytest.mark.parametrize(("metric", "classes"), [("accuracy", 4), ("f1", 2), ("mcc", 2), ("mcc", 5)])
-def test_every_cut_of_every_replicate_agrees_with_plain_loops(metric: str, classes: int) -> None:
+def test_every_cut_of_every_replicate_agrees_with_plain_loops(
+    metric: str, classes: int, costs: np.ndarray | None
+) -> None:
     split, scores = random_split(1, 40, 4, classes)
+    split = replace(split, costs=costs)
+    paid = np.arange(1.0, 5.0) if costs is None else costs
     scores[::3] = scores[::3].round()  # ties
     weights, cuts = resamples(40, 3, seed=5), cuts_of(scores)
     found = tally(split, scores, cuts, metric).measure(weights)
@@ -59,9 +65,11 @@ def test_every_cut_of_every_replicate_agrees_with_plain_loops(metric: str, class
         guess = split.predictions[np.arange(40), left - 1]
         for column in range(4):
             w = weights[:, column]
-            assert found.saved[index, column] == pytest.approx(1 - (left * w).sum() / 40 / 4)
+            assert found.saved[index, column] == pytest.approx(1 - (paid[left - 1] * w).sum() / 40 / 4)
             assert found.score[index, column] == pytest.approx(sklearn_score(metric, split.labels, guess, w))
-    assert found.saved[0] == pytest.approx(0.75) and found.saved[-1] == pytest.approx(0.0, abs=1e-12)
+    once = measure_once(split, left, weights, metric)[1]
+    assert once == pytest.approx(found.saved[-1], abs=1e-12), "the last cut is the last of the loop"
+    assert found.saved[0] == pytest.approx(1 - paid[0] / 4) and found.saved[-1] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_cuts_are_all_that_make_a_difference() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from rl_exit.cli import app
 from rl_exit.config import dump_config, parse_config
+from rl_exit.costs import write_costs
 from rl_exit.criteria import CRITERIA, criterion, exits_from_store, leaving_above
 from rl_exit.data.instances import Instances
 from rl_exit.envs.state_store import StateStore
@@ -23,6 +24,7 @@ from rl_exit.errors import RunError, UserError
 from rl_exit.files import write_json
 from rl_exit.inference import run_instances
 from rl_exit.models.early_exit import EarlyExitModel
+from rl_exit.profiling import profile
 from rl_exit.progress import Silent
 from rl_exit.trainers import compare_evidence
 from rl_exit.trainers.compare import NUMBERS_ONLY, check_methods, compare_runs, outputs, write_comparison
@@ -150,6 +152,23 @@ def test_thresholds_reported_bring_the_figures_reported(make: Maker) -> None:
             assert right == pytest.approx(method[point]["score"])
             checked += 1
     assert checked
+
+
+def test_layers_can_count_their_measured_time(make: Maker) -> None:
+    """A first layer that takes half of all time: what is saved by leaving there is half, and is said to be time."""
+    run = make("one", rounds=False)
+    model = EarlyExitModel.from_pretrained(run / "model")
+    measured = profile(model, [1, 32], lengths=[4, 8], runs=1)
+    first = measured.layers.sum(2) + measured.exits.sum(1)[:, None] + measured.policy.sum(1)[:, None]
+    layers = np.concatenate([100 * first[..., None], np.repeat(50 * first[..., None], 2, -1)], -1)
+    write_costs(run / "model", replace(measured, embed=0 * measured.embed, layers=layers, exits=0 * measured.exits))
+    tree = compare_runs([run], Silent(), methods=["fixed"], replicates=0, cost="latency")
+    assert tree["cost"] == "latency" and tree["layer_costs"][0] == pytest.approx([1.5, 2.25, 3.0], rel=0.05)
+    assert tree["methods"]["fixed"]["curve"][-1][0] == pytest.approx(0.5, abs=0.03)
+    assert compare_runs([run], Silent(), methods=["fixed"], replicates=0)["layer_costs"] == [[1.0, 2.0, 3.0]]
+    write_comparison(tree, outputs([run], None))
+    page = (run / "compare" / "index.html").read_text()
+    assert "saved time in %" in page and "saved layers in %" not in page
 
 
 @pytest.mark.parametrize("word", [word for word in CRITERIA if word not in NUMBERS_ONLY])

@@ -15,7 +15,7 @@ from rl_exit.errors import ConfigError, UserError
 from rl_exit.files import read_json
 from rl_exit.models.causal import EarlyExitCausalModel
 from rl_exit.progress import Silent
-from rl_exit.trainers import token_steps
+from rl_exit.trainers import token_evaluation
 from rl_exit.trainers.alternation import train
 from rl_exit.trainers.analyse import analyse
 from rl_exit.trainers.compare_groups import open_runs
@@ -41,7 +41,7 @@ def small_text() -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(documentation, "TOPICS", (Topic("server", ("uvicorn",)), Topic("client", ("requests",))))
     patch.setattr(documentation, "SIZES", {"train": 40, "dev": 3, "test": 3})
-    patch.setattr(token_steps, "CURVE_POINTS", 3)
+    patch.setattr(token_evaluation, "CURVE_POINTS", 3)
     yield
     patch.undo()
 
@@ -97,7 +97,7 @@ def test_a_run_that_dies_goes_on_to_the_same_weights(small_text: None, tmp_path:
         config = load_config(CONFIG, [*words, f"name={name}", f"output_dir={tmp_path}"])
         if dies:
             with monkeypatch.context() as patch:
-                patch.setattr("rl_exit.trainers.alternation.measure_split", _die)
+                patch.setattr("rl_exit.trainers.token_steps.measure_split", _die)
                 with pytest.raises(KeyboardInterrupt):
                     train(config, Silent())
         train(config, Silent(), resume=dies)
