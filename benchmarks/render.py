@@ -308,6 +308,7 @@ def inference(results: dict[str, Any]) -> str:
         "by tokens",
         "time",
         "time / layers",
+        "by tokens",
         "plain",
         "alone",
         "nobody leaves",
@@ -323,6 +324,7 @@ def inference(results: dict[str, Any]) -> str:
                         f"{row['layer_speedup']:.2f}",
                         f"{row['layer_speedup_by_tokens']:.2f}",
                         *(f"{found[key]:.2f}" for key in ("speedup", "time_per_layer_speedup")),
+                        f"{found['speedup'] / row['layer_speedup_by_tokens']:.2f}",
                         f"{found['time_per_layer_speedup_plain']:.2f}",
                         f"{found['time_per_layer_speedup_alone']:.2f}",
                         f"{100 * found['no_exit_overhead']:+.1f} %",
@@ -340,7 +342,8 @@ def inference(results: dict[str, Any]) -> str:
     where = results["where"]
     origin = (
         f"`{results['command']}`, {results['date']}: {where['cpu']}, one thread, torch {where['versions']['torch']}; "
-        f"load average {results['load_average']}.\n"
+        f"load average {results['load_average'][0]} before and {results['load_average'][1]} after; decisions in "
+        f"{'compiled code' if where['compiled_decisions'] else 'numpy'}.\n"
     )
     return f"{markdown_table(header, rows)}\n{''.join(promises)}\n{origin}"
 
