@@ -314,6 +314,7 @@ def inference(results: dict[str, Any]) -> str:
         "by tokens",
         "time",
         "time / layers",
+        "by tokens",
         "plain",
         "alone",
         "nobody leaves",
@@ -329,6 +330,7 @@ def inference(results: dict[str, Any]) -> str:
                         f"{row['layer_speedup']:.2f}",
                         f"{row['layer_speedup_by_tokens']:.2f}",
                         *(f"{found[key]:.2f}" for key in ("speedup", "time_per_layer_speedup")),
+                        f"{found['speedup'] / row['layer_speedup_by_tokens']:.2f}",
                         f"{found['time_per_layer_speedup_plain']:.2f}",
                         f"{found['time_per_layer_speedup_alone']:.2f}",
                         f"{100 * found['no_exit_overhead']:+.1f} %",
@@ -346,7 +348,8 @@ def inference(results: dict[str, Any]) -> str:
     where = results["where"]
     origin = (
         f"`{results['command']}`, {results['date']}: {where['cpu']}, one thread, torch {where['versions']['torch']}; "
-        f"load average {results['load_average']}.\n"
+        f"load average {results['load_average'][0]} before and {results['load_average'][1]} after; decisions in "
+        f"{'compiled code' if where['compiled_decisions'] else 'numpy'}.\n"
     )
     return f"{markdown_table(header, rows)}\n{''.join(promises)}\n{origin}"
 
@@ -469,6 +472,27 @@ def clock(results: dict[str, Any]) -> str:
     return f"{origin}\n{markdown_table(header, rows)}"
 
 
+def order(results: dict[str, Any]) -> str:
+    """The bounds of docs/generation.md, with their origin."""
+    rows = [
+        [
+            case["name"],
+            f"{case['cost'][0]:.2f}",
+            f"{case['cost'][-1]:.2f}",
+            *(f"{case[key][what]:.2f}" for key in ("steps", "best") for what in ("speedup", "share")),
+        ]
+        for case in results["cases"]
+    ]
+    batch = results["batch"]
+    header = ["", "1 row, ms", f"{batch} rows, ms", "steps: speed-up", "share", "best order: speed-up", "share"]
+    machine = results["machine"]
+    origin = (
+        f"`{results['command']}` of {results['date'][:10]}: batch {batch}, {machine['cpu']}, one thread, load average "
+        f"at the end {machine['load_average_at_end']:.1f}, torch {results['versions']['torch']}.\n"
+    )
+    return f"{origin}\n{markdown_table(header, rows)}"
+
+
 def curves(results: dict[str, Any]) -> str:
     """Decoders: every rule at equal speeds, and what Learn-then-Test allows."""
     if not results:
@@ -504,6 +528,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tasks": ("runs", tasks),
     "learning": ("learning-stackoverflow", learning),
     "clock": ("generation-clock", clock),
+    "order": ("generation-order", order),
     "comparisons": ("compare-*", comparisons),
     "ablations": ("ablation-*", ablations),
     "chaos": ("chaos", chaos),

@@ -22,7 +22,7 @@ from rl_exit.files import read_json, write_json, write_text
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.policy import PolicyHeads
 from rl_exit.models.prune import pruned
-from rl_exit.operating import OperatingPoint, gather, point_by_loss, point_by_speed
+from rl_exit.operating import Clocked, OperatingPoint, gather, point_by_loss, point_by_speed
 from rl_exit.profiling import profile, surroundings
 from rl_exit.progress import Display
 
@@ -152,7 +152,7 @@ def calibrate(
         labelled = max_loss is not None or len(rules) > 1 or data is None
         evidence = gather(model, instances, labelled, states, progress)
     if speedup is not None:
-        point = point_by_speed(rules, evidence, costs, speedup, batch_size)
+        point = point_by_speed(rules, evidence, costs, speedup, batch_size, Clocked(model, instances, batch_size))
     else:
         assert max_loss is not None
         point = point_by_loss(rules, evidence, costs, max_loss / 100.0, confidence, batch_size)

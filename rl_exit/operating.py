@@ -4,7 +4,10 @@ A point is chosen on texts that neither the exits nor the policy were fitted on,
 under a name, which :meth:`rl_exit.models.early_exit.EarlyExitModel.predict` takes.
 
 **Speed** is predicted by the measured cost model (:mod:`rl_exit.costs`): the threshold is the one at which these texts,
-with their lengths, take ``1 / speedup`` of the time that full depth takes.
+with their lengths, take ``1 / speedup`` of the time that full depth takes. What the model does not know (padding, how
+full batches of survivors are, the tail of a file) is then measured: some of the texts run through the engine, at full
+depth and at that threshold in turn, and the prediction is corrected by the quotient of what was measured and what the
+model says of the same texts (:class:`Clocked`), twice.
 
 **Loss** is bounded by Learn-then-Test (Angelopoulos et al. 2021). The loss of a text is 1 where full depth is right and
 the early answer wrong, -1 the other way round, else 0; its mean is the accuracy that is lost. Thresholds of a grid that
@@ -17,6 +20,8 @@ It holds for the exact choice that is made here, and says nothing of texts of an
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,18 +31,22 @@ import numpy.typing as npt
 import torch
 
 from rl_exit.costs import CostModel
-from rl_exit.criteria import Criterion, StoredSplit, leaving_above, parameters, scores_from_store
+from rl_exit.criteria import Criterion, Fixed, StoredSplit, leaving_above, parameters, scores_from_store
 from rl_exit.criteria.base import Scored
 from rl_exit.criteria.calibration import careful_first, fewest_for
 from rl_exit.data.batching import length_sorted_batches
 from rl_exit.data.instances import Instances
 from rl_exit.errors import ConfigError, DataError
 from rl_exit.evaluation import log_odds
+from rl_exit.inference import run_instances
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.progress import Progress
 
 CANDIDATES = 2000
 GRID = 161
+CLOCKED_TEXTS = 256
+CLOCKED_ROUNDS = 5
+CORRECTIONS = 2
 CLOSE = 0.05
 """How far a predicted speed-up may lie from the one asked for, as a share."""
 
@@ -68,11 +77,13 @@ class OperatingPoint:
     Attributes:
         criterion: Its word.
         params: Its parameters.
-        speedup: Predicted time of full depth over its own.
-        batch_size: Texts that run together, in that prediction.
+        speedup: Expected time of full depth over its own.
+        batch_size: Texts that run together, in that expectation.
         saved_layers: Share of layers not run on the calibration texts.
         loss: Accuracy lost on the calibration texts; None where they have no labels.
         guarantee: What is promised; None where only speed was asked for.
+        clocked: Measured over predicted speed-up of the texts that were timed, by which ``speedup`` is corrected; None:
+            by the cost model alone.
     """
 
     criterion: str
@@ -82,6 +93,7 @@ class OperatingPoint:
     saved_layers: float
     loss: float | None
     guarantee: Guarantee | None
+    clocked: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -158,8 +170,50 @@ def gather(
     return Evidence(split, np.asarray(instances.lengths, dtype=np.int64), labelled, own if differs else None)
 
 
+@dataclass(frozen=True)
+class Clocked:
+    """Measures how far the cost model's speed-up is from the engine's.
+
+    Attributes:
+        model: The model.
+        instances: The calibration texts, in the order of the evidence.
+        batch_size: Texts that run together.
+        texts: How many are timed at most, spread evenly over the lengths; at least four batches.
+        rounds: Passes of each, in turn, after one that is not counted.
+    """
+
+    model: EarlyExitModel
+    instances: Instances
+    batch_size: int
+    texts: int = CLOCKED_TEXTS
+    rounds: int = CLOCKED_ROUNDS
+
+    def bias(self, rule: Criterion, costs: CostModel, exit_layers: npt.NDArray[np.int64]) -> float:
+        """Measured over predicted speed-up of a criterion; its texts leave at the given layers, [N]."""
+        lengths = np.asarray(self.instances.lengths)
+        order = np.argsort(lengths, kind="stable")
+        count = min(max(self.texts, 4 * self.batch_size), len(order))
+        rows = order[np.linspace(0, len(order) - 1, count).astype(np.int64)]
+        some, full = self.instances.take(rows), Fixed(self.model.num_layers)
+        ratios = []
+        for number in range(1 + self.rounds):
+            seconds = []
+            for each in (full, rule):
+                started = time.perf_counter()
+                run_instances(self.model, some, each, self.batch_size)
+                seconds.append(time.perf_counter() - started)
+            if number:
+                ratios.append(seconds[0] / seconds[1])
+        return statistics.median(ratios) / costs.speedup(self.batch_size, lengths[rows], exit_layers[rows])
+
+
 def point_by_speed(
-    rules: Sequence[Criterion], evidence: Evidence, costs: CostModel, speedup: float, batch_size: int
+    rules: Sequence[Criterion],
+    evidence: Evidence,
+    costs: CostModel,
+    speedup: float,
+    batch_size: int,
+    clock: Clocked | None = None,
 ) -> OperatingPoint:
     """The threshold at which these texts take ``1 / speedup`` of the time; of several criteria who loses least.
 
@@ -169,6 +223,7 @@ def point_by_speed(
         costs: Measured times.
         speedup: Wanted, above 1.
         batch_size: Texts that will run together.
+        clock: Corrects what the costs predict by what the engine does; None: they are taken as they are.
 
     Raises:
         ConfigError: Out of range, or no criterion gets within 5 % of it.
@@ -179,18 +234,28 @@ def point_by_speed(
     for rule in rules:
         scores = scores_from_store(rule, evidence.split)
         tried = _by_cut(scores, costs, evidence, batch_size)
-        fastest = max(fastest, tried[-1][1])
-        cut, reached = min(tried, key=lambda pair: abs(math.log(pair[1] / speedup)))
+        cut, predicted, bias = _nearest(tried, speedup)
+        for _ in range(0 if clock is None else CORRECTIONS):
+            assert clock is not None
+            bias = clock.bias(leaving_above(rule, cut), costs, exits_above(scores, cut))
+            cut, predicted, bias = _nearest(tried, speedup, bias)
+        reached = predicted * bias
+        fastest = max(fastest, tried[-1][1] * bias)
         if abs(reached / speedup - 1.0) <= CLOSE:
-            chosen = leaving_above(rule, cut)
-            left = exits_above(scores, cut)
-            found.append(_point(chosen, evidence, left, reached, batch_size, None))
+            point = _point(leaving_above(rule, cut), evidence, exits_above(scores, cut), reached, batch_size, None)
+            found.append(replace(point, clocked=None if clock is None else bias))
     if not found:
         raise ConfigError(
             f"--speedup {speedup:g}: not to be had within {CLOSE:.0%} by {', '.join(rule.name for rule in rules)} on "
             f"these texts; the most is {fastest:.2f}"
         )
     return min(found, key=lambda point: 0.0 if point.loss is None else point.loss)
+
+
+def _nearest(tried: Sequence[tuple[float, float]], speedup: float, bias: float = 1.0) -> tuple[float, float, float]:
+    """Of (cut, predicted speed-up) the pair nearest to a speed-up once corrected, and the correction."""
+    cut, predicted = min(tried, key=lambda pair: abs(math.log(pair[1] * bias / speedup)))
+    return cut, predicted, bias
 
 
 def point_by_loss(

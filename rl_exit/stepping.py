@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -143,10 +144,8 @@ def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Ste
     rows, carry = inside.rows, inside.carry
     if layer == model.num_layers:
         return Step(Left(layer, rows, _said(criterion, layer, view, carry)), None)
-    # numpy for the few flags: a third of torch's time, which counts beside a small model's layer.
-    leave = criterion.leave(layer, view, carry).cpu().numpy()
-    leaving = np.flatnonzero(leave)
-    if len(leaving) == 0:
+    leave = _leave(criterion, layer, view, carry)
+    if leave is None or len(leaving := np.flatnonzero(leave)) == 0:
         return Step(None, Survivors(layer, state, carry, rows))
     said = _said(criterion, layer, view, carry)
     if len(leaving) == len(rows):
@@ -155,7 +154,7 @@ def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Ste
     on_device = staying.to(state.hidden.device)
     stay = Survivors(
         layer,
-        state.select(staying, length=max(int(state.lengths[staying].max()), 1)),
+        state.select(staying, length=max(int(state.lengths[staying].max()), 1), masks=False),
         compact(carry, on_device),
         rows[staying],
     )
@@ -180,6 +179,15 @@ def join(groups: Sequence[Survivors]) -> Survivors:
     carry = {key: torch.cat([group.carry[key] for group in groups]) for key in groups[0].carry}
     rows = torch.cat([group.rows for group in groups])
     return Survivors(groups[0].layer, join_states([group.state for group in groups]), carry, rows)
+
+
+def _leave(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> npt.NDArray[np.bool_] | None:
+    """Who leaves, [B]; None: nobody."""
+    leaving = getattr(criterion, "leaving", None)
+    found: npt.NDArray[np.bool_] | None
+    # numpy for the few flags: a third of torch's time, which counts beside a small model's layer.
+    found = criterion.leave(layer, view, carry).cpu().numpy() if leaving is None else leaving(layer, view, carry)
+    return found
 
 
 def _said(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> Tensor:

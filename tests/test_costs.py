@@ -62,7 +62,7 @@ def test_a_model_is_profiled(tiny_backbone: Path):
     model = EarlyExitModel.from_backbone(str(tiny_backbone), ("a", "b"), max_length=32, policy_inputs="answers")
     costs = profile(model, [1, 8], [4, 32], runs=3)
     assert (costs.batch_sizes, costs.lengths, costs.num_layers) == ((1, 8), (4, 32), 3)
-    assert (costs.layers > 0).all() and (costs.exits > 0).all() and (costs.policy > 0).all()
+    assert (costs.layers > 0).all() and (costs.exits > 0).all() and (costs.policy >= 0).all()
     assert (np.diff(costs.leaving(8, [16])) > 0).all()
     for sizes, lengths in (([0], [4]), ([1], [33])):
         with pytest.raises(ConfigError, match="lengths up to the model's 32"):

@@ -15,6 +15,7 @@ from rl_exit import EarlyExitModel
 from rl_exit.cli import app
 from rl_exit.config import dump_config, load_config
 from rl_exit.errors import ConfigError, ModelError, UserError
+from rl_exit.operating import Clocked
 
 TEXTS = ["the red cat", "saw", "my old hammer near a big dog", "drill under the horse"] * 3
 
@@ -33,6 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Pat
     config = load_config(None, ["task.name=local", f"task.path={root / 'task'}", "task.labels=[animal, tool]"])
     (root / "model" / "training.yaml").write_text(dump_config(config))
     return root / "model"
+
+
+@pytest.fixture(autouse=True)
+def _by_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the clock says of a tiny model is chance; tests/test_operating.py tests what is made of it."""
+    monkeypatch.setattr(Clocked, "bias", lambda *_: 1.0)
 
 
 def run(*words: object) -> str:
@@ -113,6 +120,7 @@ def test_the_benchmark_reports_what_the_issue_asks(folder):
     model = found["models"]["model"]
     for name in ("time_per_layer_speedup", "no_exit_overhead", "requested"):
         assert set(model[name]) == {"8"} and isinstance(model[name]["8"], float)
+    assert found["command"].startswith("rl-exit bench inference model") and len(found["load_average"]) == 2
     row = model["engine"]["8"]
     assert row["time_per_layer_speedup"] == pytest.approx(row["speedup"] / row["layer_speedup"])
     assert row["layer_speedup"] > 1.0

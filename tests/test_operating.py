@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from rl_exit import operating
 from rl_exit.costs import CostModel
-from rl_exit.criteria import StoredSplit, criterion, exits_from_store
+from rl_exit.criteria import StoredSplit, criterion, exits_from_store, scores_from_store
 from rl_exit.criteria.calibration import betting_p, careful_first, fewest_for
 from rl_exit.errors import ConfigError, DataError
-from rl_exit.operating import Evidence, exits_of, grid, point_by_loss, point_by_speed
+from rl_exit.operating import Clocked, Evidence, exits_of, grid, point_by_loss, point_by_speed
 
 LAYERS = 6
 POLICY = criterion("consistentee")
@@ -53,6 +56,51 @@ def test_the_speed_asked_for_is_what_the_rule_gives(speedup, policy):
     assert point.saved_layers == pytest.approx(1 - left.mean() / LAYERS)
     assert point.loss == pytest.approx(evidence.losses(rule, left).mean())
     assert point.guarantee is None
+
+
+def test_the_clock_corrects_what_the_costs_predict():
+    """An engine slower than its costs by 1 % a layer saved: the threshold is where it reaches what was asked."""
+    evidence, costs = evidence_of(800), even_costs()
+
+    class Slower(Clocked):
+        def bias(self, rule, costs, exit_layers):
+            assert np.array_equal(exit_layers, exits_of(rule, scores_from_store(rule, evidence.split)))
+            return 0.9 - 0.01 * (LAYERS - exit_layers.mean())
+
+    clock = Slower(None, None, 1)  # type: ignore[arg-type]
+    point = point_by_speed([POLICY], evidence, costs, 2.0, 1, clock)
+    rule = criterion(point.criterion, **point.params)
+    left = exits_of(rule, scores_from_store(rule, evidence.split))
+    assert LAYERS / left.mean() * clock.bias(rule, costs, left) == pytest.approx(2.0, rel=0.01)
+    assert point.speedup == pytest.approx(2.0, rel=0.01) and point.clocked == pytest.approx(0.87, abs=0.02)
+    alone = point_by_speed([POLICY], evidence, costs, 2.0, 1)
+    assert alone.clocked is None and point.params["threshold"] < alone.params["threshold"]
+
+
+def test_the_clock_runs_some_texts_of_all_lengths_both_ways(monkeypatch):
+    """A clock that the runs themselves set: full depth takes 3 s, the rule 2 s, the first pass ten times as much."""
+    now, ran = [0.0], []
+
+    def run_instances(model, instances, rule, batch_size):
+        ran.append((rule.name, instances, batch_size))
+        now[0] += (3.0 if rule.name == "fixed" else 2.0) * (10.0 if len(ran) <= 2 else 1.0)
+
+    class Texts:
+        lengths = np.arange(100)[::-1]
+
+        def take(self, rows):
+            return self.lengths[rows].tolist()
+
+    monkeypatch.setattr(operating, "run_instances", run_instances)
+    monkeypatch.setattr(operating.time, "perf_counter", lambda: now[0])
+    clock = Clocked(SimpleNamespace(num_layers=LAYERS), Texts(), 4, texts=5, rounds=3)
+    left = np.where(Texts.lengths > 50, 4, 2)
+    found = clock.bias(POLICY, even_costs(), left)
+    some = ran[0][1]
+    assert len(ran) == 8 and {name for name, *_ in ran} == {"fixed", "consistentee"} and ran[0][2] == 4
+    assert len(some) == 16 and some[0] == 0 and some[-1] == 99 and some == sorted(some), "four batches, evenly spread"
+    layers = np.where(np.array(some) > 50, 4, 2)
+    assert found == pytest.approx(1.5 / (LAYERS * 16 / layers.sum()))
 
 
 def test_what_the_policy_itself_answers_counts():

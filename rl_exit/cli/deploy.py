@@ -79,7 +79,8 @@ def calibrate(
     params = ", ".join(f"{key} {value:.4g}" for key, value in point["params"].items())
     typer.echo(f"{point['name']}: {point['criterion']} ({params}), chosen on {point['texts']} texts of {point['data']}")
     lost = "" if point["loss"] is None else f", {100 * point['loss']:+.2f} points lost on these texts"
-    typer.echo(f"predicted {point['speedup']:.2f} times as fast, {100 * point['saved_layers']:.0f} % of layers{lost}")
+    fast = f"expected {point['speedup']:.2f} times as fast at batch size {point['batch_size']}"
+    typer.echo(f"{fast}, {100 * point['saved_layers']:.0f} % of layers saved{lost}")
     promise = point["guarantee"]
     if promise is not None:
         typer.echo(

@@ -22,6 +22,10 @@ def serve(
         str, typer.Option(help="pooled: texts at the same layer run together; plain: serve.batch, for comparison.")
     ] = "pooled",
     batch_size: Annotated[int, typer.Option(min=1, help="Most texts that run together; usually 8 to 64.")] = 32,
+    max_context: Annotated[
+        int,
+        typer.Option(min=2, help="Decoder: tokens of a prompt and what follows; sets the cache's memory."),
+    ] = 2048,
     deadline_ms: Annotated[float, typer.Option(min=0, help="How long a text may wait for others; 0 to 20.")] = 5.0,
     max_chars: Annotated[int, typer.Option(min=1, help="Characters of a text.")] = 20_000,
     max_texts: Annotated[int, typer.Option(min=1, help="Texts of a request.")] = 256,
@@ -29,7 +33,7 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=1, help="Texts inside at once; more are refused (503).")] = 4096,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up (504).")] = 60.0,
 ) -> None:
-    """Serve a model over HTTP: texts in, labels out, each from the layer at which it left. Ctrl-C ends it."""
+    """Serve a model over HTTP: labels of texts, or a decoder's text token by token. Ctrl-C ends it."""
     from rl_exit.cluster.serving import ServeOptions, serve_model
     from rl_exit.serving.schema import Limits
 
@@ -42,6 +46,7 @@ def serve(
         batching=batching,  # type: ignore[arg-type]  # checked there
         batch_size=batch_size,
         deadline=deadline_ms / 1000,
+        max_context=max_context,
         limits=Limits(max_chars, max_texts, max_body, max_waiting, timeout),
     )
     left = serve_model(options, lambda address: typer.echo(f"serving {model} at {address} (Ctrl-C ends)"))

@@ -16,22 +16,22 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ray import serve
-from ray.exceptions import RayActorError
 
+from rl_exit.cluster.replicas import Asking, Replicas, Writers
 from rl_exit.errors import ConfigError, UserError
-from rl_exit.serving.http import Front, Refusal, build_app
-from rl_exit.serving.schema import Limits, ModelInfo, Wish
+from rl_exit.serving.http import Front, build_app
+from rl_exit.serving.schema import FULL_DEPTH, Limits, ModelInfo, Wish, WriteRequest
+from rl_exit.serving.writing_http import WritingFront, build_writing_app
+from rl_exit.serving.writing_schema import WriterInfo
 
 NAME = "rl-exit"
-GIVEN_UP = 8  # replicas that may die under one request before it is refused
-FIRST_WAIT = 0.05  # seconds before a request is given to another replica; doubles with every further death
 DRAIN = 30.0  # seconds that open requests are waited for at the end
 
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
@@ -53,8 +53,9 @@ class ServeOptions:
         replicas: Processes with a copy of the model.
         threads: Torch threads of each.
         batching: ``pooled``, or ``plain``: ``serve.batch``, each batch to its end; for comparison.
-        batch_size: Most texts in a step (plain: requests in a batch).
-        deadline: Seconds that texts wait for others.
+        batch_size: Most texts in a step (plain: requests in a batch; decoder: texts that are written at a time).
+        deadline: Seconds that texts wait for others; a decoder's do not.
+        max_context: Decoder: most tokens of a prompt and of what follows it; memory is set aside for all rows.
         limits: On what comes in.
     """
 
@@ -66,6 +67,7 @@ class ServeOptions:
     batching: Batching = "pooled"
     batch_size: int = 32
     deadline: float = 0.005
+    max_context: int = 2048
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -146,72 +148,76 @@ class ModelReplica:
         return await asyncio.wrap_future(work)
 
 
-class Replicas:
-    """Replicas as one backend; requests whose replica died go to another.
+class WriterReplica:
+    """One copy of a decoder; a Serve deployment.
 
     Args:
-        handle: Of the deployment.
-        retried: Called for every request that goes to another replica.
+        options: What the command was given; ``options.model`` is a folder that this node can read, or a hub id.
     """
 
-    def __init__(self, handle: Any, retried: Callable[[], None] = lambda: None) -> None:
-        self._handle = handle
-        self.retried = retried
-        self._states: dict[str, tuple[float, dict[str, Any]]] = {}
+    def __init__(self, options: ServeOptions) -> None:
+        import torch
 
-    async def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, wish: Wish) -> list[dict[str, Any]]:
-        """See :class:`rl_exit.serving.http.Backend`."""
-        found = await self._ask("answer", texts, pairs, wish)
-        self._keep(found)
-        answers: list[dict[str, Any]] = found["answers"]
-        return answers
+        from rl_exit.models.early_exit import EarlyExitModel
+        from rl_exit.serving.writer import WritingService
 
-    async def explain(self, text: str, pair: str | None, wish: Wish) -> dict[str, Any]:
-        """See :class:`rl_exit.serving.http.Backend`."""
-        found: dict[str, Any] = await self._ask("explain", text, pair, wish)
-        return found
+        torch.set_num_threads(options.threads)
+        sys.setswitchinterval(0.0005)
+        model = EarlyExitModel.from_pretrained(options.model)
+        self._service = WritingService(model, options.batch_size, options.max_context)
+        self._name = serve.get_replica_context().replica_id.unique_id
 
-    async def states(self) -> dict[str, dict[str, Any]]:
-        """What the replicas last said; one of them is asked anew, and nothing is told where it does not answer."""
-        try:
-            self._keep(await asyncio.wait_for(self._handle.state.remote(), 1.0))
-        except (RayActorError, TimeoutError):
-            return {}
-        now = time.monotonic()
-        self._states = {name: (at, state) for name, (at, state) in self._states.items() if now - at < 60.0}
-        return {name: state for name, (_, state) in self._states.items()}
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """See :meth:`rl_exit.serving.writer.WritingService.stream`."""
+        async with aclosing(self._service.stream(request)) as parts:
+            async for part in parts:
+                yield part
 
-    def _keep(self, found: dict[str, Any]) -> None:
-        self._states[found["replica"]] = (time.monotonic(), found["state"])
+    async def whole(self, request: WriteRequest) -> dict[str, Any]:
+        """See :meth:`rl_exit.serving.writer.WritingService.whole`; who wrote and how it stands comes along."""
+        return {"tokens": await self._service.whole(request), **self.state()}
 
-    async def _ask(self, method: str, *words: Any) -> Any:
-        for attempt in range(GIVEN_UP):
-            try:
-                return await getattr(self._handle, method).remote(*words)
-            except RayActorError:
-                self.retried()
-                await asyncio.sleep(min(FIRST_WAIT * 2**attempt, 1.0))
-        raise Refusal(503, "no_replica", f"{GIVEN_UP} replicas of the model died while they worked on this request")
+    def state(self) -> dict[str, Any]:
+        """Who this is, and :meth:`rl_exit.serving.writer.WritingService.state`."""
+        return {"replica": self._name, "pid": os.getpid(), "state": self._service.state()}
+
+    def check_health(self) -> None:
+        """See :meth:`ModelReplica.check_health`.
+
+        Raises:
+            RuntimeError: It is gone.
+        """
+        if not self._service.engine.alive:
+            raise RuntimeError("the thread of the model has ended")
+
+    def __del__(self) -> None:
+        """Called by Serve when all requests are answered."""
+        if hasattr(self, "_service"):
+            self._service.close()
 
 
 class HttpFront:
     """The HTTP side; a Serve deployment with one replica.
 
     Args:
-        handle: Of :class:`ModelReplica`.
+        handle: Of :class:`ModelReplica` or :class:`WriterReplica`.
         info: What clients are told.
         limits: What is accepted.
     """
 
-    def __init__(self, handle: Any, info: ModelInfo, limits: Limits) -> None:
-        replicas = Replicas(handle)
-        self._front = Front(replicas, info, limits)
-        replicas.retried = self._front.metrics.retries.inc
-        self.application = build_app(self._front)
+    def __init__(self, handle: Any, info: ModelInfo | WriterInfo, limits: Limits) -> None:
+        asking = Asking(handle)
+        if isinstance(info, WriterInfo):
+            writing = WritingFront(Writers(asking), info, limits)
+            self._door, self.application = writing.door, build_writing_app(writing)
+        else:
+            front = Front(Replicas(asking), info, limits)
+            self._door, self.application = front.door, build_app(front)
+        asking.retried = self._door.metrics.retries.inc
 
     async def drain(self, timeout: float) -> int:
-        """See :meth:`rl_exit.serving.http.Front.drain`."""
-        return await self._front.drain(timeout)
+        """See :meth:`rl_exit.serving.web.Door.drain`."""
+        return await self._door.drain(timeout)
 
 
 class _Delegate:
@@ -226,11 +232,11 @@ class _Delegate:
         await serve.get_replica_context().servable_object.application(scope, receive, send)
 
 
-def application(options: ServeOptions, info: ModelInfo) -> Any:
+def application(options: ServeOptions, info: ModelInfo | WriterInfo) -> Any:
     """The Serve application."""
     most = options.limits.max_waiting + 64
     model = serve.deployment(
-        ModelReplica,
+        WriterReplica if isinstance(info, WriterInfo) else ModelReplica,
         name="model",
         num_replicas=options.replicas,
         max_ongoing_requests=most,
@@ -287,7 +293,7 @@ def serve_model(options: ServeOptions, ready: Callable[[str], None], stop: threa
             serve.shutdown()
 
 
-def describe(options: ServeOptions) -> tuple[ModelInfo, ServeOptions]:
+def describe(options: ServeOptions) -> tuple[ModelInfo | WriterInfo, ServeOptions]:
     """Load the model once, so that what is wrong with it is said at once and in words.
 
     Returns:
@@ -296,16 +302,21 @@ def describe(options: ServeOptions) -> tuple[ModelInfo, ServeOptions]:
     Raises:
         UserError: The model cannot be loaded.
     """
+    from rl_exit.models.causal import EarlyExitCausalModel
     from rl_exit.models.early_exit import EarlyExitModel
     from rl_exit.serving.service import has_dial, operating_points
 
+    name = options.model
     inside = Path(options.model) / "model"
     is_run = (inside / "config.json").is_file() and not (Path(options.model) / "config.json").exists()
     folder = str(inside) if is_run else options.model
     model = EarlyExitModel.from_pretrained(folder)
+    options = replace(options, model=str(Path(folder).resolve()) if Path(folder).is_dir() else folder)
+    if isinstance(model, EarlyExitCausalModel):
+        return _writer_info(model, name, options), options
     config = model.config
     info = ModelInfo(
-        name=options.model,
+        name=name,
         labels=[config.id2label[number] for number in range(config.num_labels)],
         num_layers=model.num_layers,
         max_tokens=model.max_length,
@@ -313,7 +324,23 @@ def describe(options: ServeOptions) -> tuple[ModelInfo, ServeOptions]:
         threshold=float(config.threshold),
         has_dial=has_dial(model),
     )
-    return info, replace(options, model=str(Path(folder).resolve()) if Path(folder).is_dir() else folder)
+    return info, options
+
+
+def _writer_info(model: Any, name: str, options: ServeOptions) -> WriterInfo:
+    from rl_exit.serving.writer import check_writer, context_of
+
+    if options.batching == "plain":
+        raise ConfigError("batching = 'plain' is for classifiers; a decoder is served with 'pooled'")
+    check_writer(model, name)
+    return WriterInfo(
+        name=name,
+        num_layers=model.num_layers,
+        exit_layers=list(model.exit_layers),
+        max_context=context_of(model, options.max_context),
+        operating_points=[FULL_DEPTH],
+        threshold=float(model.config.threshold),
+    )
 
 
 def check_address(host: str, port: int) -> None:

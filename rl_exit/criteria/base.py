@@ -23,6 +23,7 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -57,6 +58,7 @@ class LayerView:
         exit_logit: Callable[[Carry], Tensor],
         answer: Callable[[], Tensor] | None = None,
         progress: Tensor | None = None,
+        leaving: Callable[[float, Carry], npt.NDArray[np.bool_] | None] | None = None,
     ) -> None:
         """Set the parts.
 
@@ -71,6 +73,8 @@ class LayerView:
                 at layer L.
             answer: Gives what the policy answers [B, C]; None: what the exit says.
             progress: t / N of each row's generation, [B].
+            leaving: Says whose log-odds of Exit exceed a value, [B], None: nobody's; keeps in the carry what
+                ``exit_logit`` does. None: by ``exit_logit``.
         """
         self.layer = layer
         self.num_layers = num_layers
@@ -81,6 +85,7 @@ class LayerView:
         self._logits = logits
         self._exit_logit = exit_logit
         self._answer = answer
+        self._leaving = leaving
 
     @cached_property
     def state(self) -> Tensor:
@@ -96,6 +101,17 @@ class LayerView:
     def answer(self) -> Tensor:
         """What the policy answers for rows that leave here, logits [B, C]."""
         return self.logits if self._answer is None else self._answer()
+
+    def answered(self, answer: Tensor) -> None:
+        """Keep what the policy answers, [B, C], where its decision has brought it along."""
+        self.__dict__["answer"] = answer
+
+    def leaving(self, above: float, carry: Carry) -> npt.NDArray[np.bool_] | None:
+        """Whose log-odds of Exit exceed a value, [B] on the CPU; None: nobody's. In place of :meth:`exit_logit`."""
+        if self._leaving is not None:
+            return self._leaving(above, carry)
+        leave: npt.NDArray[np.bool_] = (self.exit_logit(carry).float() > above).cpu().numpy()
+        return leave if leave.any() else None
 
     def exit_logit(self, carry: Carry) -> Tensor:
         """The policy's log-odds of Exit, [B]; ``pi = sigmoid``.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from rl_exit.criteria.base import Carry, LayerView, Scored, checked_number
@@ -35,6 +37,10 @@ class ConsistentEE(Scored):
     def leave(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
         """``pi > threshold``, compared as log-odds."""
         return self.score(layer, view, carry).float() > log_odds(self.threshold)
+
+    def leaving(self, layer: int, view: LayerView, carry: Carry) -> npt.NDArray[np.bool_] | None:
+        """As :meth:`leave`, in place of it, for an engine whose flags are wanted on the CPU; None: nobody leaves."""
+        return view.leaving(log_odds(self.threshold), carry)
 
     @classmethod
     def threshold_above(cls, value: float) -> float:

@@ -102,6 +102,8 @@ class Instances:
         chosen = self._rows(rows)
         if not len(chosen):
             raise ValueError("a batch needs at least one row")
+        if len(chosen) == 1 and (length := int(self.lengths[chosen[0]])):
+            return self._one(int(self.offsets[chosen[0]]), length)
         lengths = self.lengths[chosen]
         column = np.arange(max(int(lengths.max()), 1))
         mask = column < lengths[:, None]
@@ -113,6 +115,17 @@ class Instances:
             token_type_ids = np.zeros(mask.shape, dtype=np.int64)
             token_type_ids[mask] = self.token_types[source]
             batch["token_type_ids"] = torch.from_numpy(token_type_ids)
+        return batch
+
+    def _one(self, start: int, length: int) -> dict[str, Tensor]:
+        """As :meth:`batch`, of one row: no padding to be worked out."""
+        import torch
+
+        part = slice(start, start + length)
+        ids = torch.from_numpy(self.tokens[part].astype(np.int64))[None]
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.token_types is not None:
+            batch["token_type_ids"] = torch.from_numpy(self.token_types[part].astype(np.int64))[None]
         return batch
 
     def take(self, rows: RowNumbers) -> Instances:

@@ -48,8 +48,15 @@ class Event:
 
 
 @dataclass
-class _Row:
-    """A text that grows."""
+class Growing:
+    """A text that grows, token by token.
+
+    Attributes:
+        number: Of the prompt; events carry it.
+        limit: Tokens at most.
+        text: Its pieces; None where nobody wants text.
+        tokens: So far.
+    """
 
     number: int
     limit: int
@@ -57,6 +64,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
 
     def take(self, token: int, exit_layer: int, ends: Sequence[int]) -> Event:
+        """Take one more token; `ends` are those that end a text."""
         self.tokens.append(token)
         finish: Finish | None = None
         piece = ""
@@ -94,7 +102,7 @@ def events(
     engine = Engine(model, len(prompts), max(map(len, prompts)) + settings.max_new_tokens)
     stops = settings.stop_strings
     rows = [
-        _Row(
+        Growing(
             number,
             settings.max_new_tokens,
             TextPieces(model.tokenizer, stops, prompt[-CONTEXT:]) if with_text or stops else None,
@@ -109,7 +117,7 @@ def events(
 def _plain(
     model: EarlyExitCausalModel,
     engine: Engine,
-    rows: list[_Row],
+    rows: list[Growing],
     settings: Settings,
     criterion: Criterion | None,
     logits: Tensor,
@@ -146,7 +154,7 @@ def _plain(
 def _lossless(
     model: EarlyExitCausalModel,
     engine: Engine,
-    rows: list[_Row],
+    rows: list[Growing],
     settings: Settings,
     criterion: Criterion | None,
     logits: Tensor,
@@ -187,7 +195,7 @@ def _lossless(
 def _draft(
     model: EarlyExitCausalModel,
     engine: Engine,
-    rows: list[_Row],
+    rows: list[Growing],
     settings: Settings,
     criterion: Criterion | None,
     active: list[int],

@@ -6,11 +6,14 @@ It is a transformers model of type ``early_exit``: ``AutoModelForSequenceClassif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,6 +35,7 @@ from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_
 from rl_exit.models.backbones import StepState, step_backbone
 from rl_exit.models.choices import chosen_rule
 from rl_exit.models.exits import ExitHeads, pool
+from rl_exit.models.native_exits import Decision, NativeExits
 from rl_exit.models.policy import PolicyHeads
 from rl_exit.models.quick_policy import QuickPolicy
 
@@ -192,6 +196,7 @@ class EarlyExitModel(PreTrainedModel):
         self.answer_heads = AnswerHeads(self.num_layers, hidden, config.num_labels) if own else None
         self.tokenizer: Any = None
         self._quick: QuickPolicy | None = None
+        self._native: NativeExits | None = None
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -315,8 +320,9 @@ class EarlyExitModel(PreTrainedModel):
             state.hidden.device,
             state=lambda: self._pooled(layer, state),
             logits=lambda: self.exits.at(layer, view.state),
-            exit_logit=lambda carry: self._exit_logit(view, carry),
+            exit_logit=lambda carry: self._exit_logit(view, carry, state),
             answer=None if heads is None else lambda: heads.at(layer, view.state, view.logits),
+            leaving=lambda cut, carry: self._leaving(view, carry, state, cut),
         )
         return view
 
@@ -471,14 +477,44 @@ class EarlyExitModel(PreTrainedModel):
         """What the policy answers at every layer, [B, L, C], from states [B, L, H] and the exits' logits [B, L, C]."""
         return logits if self.answer_heads is None else self.answer_heads(states, logits)
 
-    def _exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
+    def _exit_logit(self, view: LayerView, carry: Carry, state: StepState) -> Tensor:
         """Log-odds of Exit of one layer, [B]; what the exits answered is remembered in the carry."""
         inputs = self.config.policy_inputs
+        if (decision := self._decide(view, carry, state, math.inf)) is not None:
+            return decision.odds
         if inputs == "answers" and (quick := self._quick_policy(view.answer)) is not None:
             return quick.at(view.layer, view.answer, carry)
         figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.answer, carry)
-        state = None if inputs == "answers" else view.state
-        return self.policy.at(view.layer, policy_input(inputs, state, figures))
+        pooled = None if inputs == "answers" else view.state
+        return self.policy.at(view.layer, policy_input(inputs, pooled, figures))
+
+    def _leaving(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> npt.NDArray[np.bool_] | None:
+        """Who has log-odds above the cut, [B]; None: nobody."""
+        decision = self._decide(view, carry, state, cut)
+        if decision is None:
+            leave: npt.NDArray[np.bool_] = (self._exit_logit(view, carry, state).float() > cut).cpu().numpy()
+            return leave if leave.any() else None
+        return decision.leave.numpy() if decision.leaving else None
+
+    def _decide(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> Decision | None:
+        """The decision in compiled code, which knows the answers too; None where it cannot be had."""
+        hidden = state.hidden
+        if (
+            hidden.dtype != torch.float32
+            or hidden.device.type != "cpu"
+            or self.training
+            or self.config.policy_inputs != "answers"
+            or torch.is_grad_enabled()
+        ):
+            return None
+        parts = self.exits, self.answer_heads, self.policy
+        if self._native is None or (view.layer == 1 and not self._native.serves(*parts)):
+            self._native = NativeExits.of(*parts, self.config.pooling)
+            if self._native is None:
+                return None
+        decision = self._native.decide(view.layer, self.backbone.hidden(view.layer, state), state, carry, cut)
+        view.answered(decision.answers)
+        return decision
 
     def _quick_policy(self, logits: Tensor) -> QuickPolicy | None:
         """The policy on numpy, where nothing is to be differentiated and all is on the CPU in float32."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
@@ -27,6 +27,25 @@ class Wish:
     operating_point: str | None = None
     threshold: float | None = None
     speed: float | None = None
+
+
+@dataclass(frozen=True)
+class WriteRequest:
+    """Texts to be written; made of plain values, so that it can go to another process.
+
+    Attributes:
+        prompts: One or more texts.
+        options: Settings by the names of :class:`rl_exit.generation.sampling.Settings`.
+        seed: Of the draws; prompt i is drawn with ``seed + i``.
+        wish: When tokens leave.
+        given: For each prompt the tokens that the client has already; none at all: nothing yet.
+    """
+
+    prompts: Sequence[str]
+    options: Mapping[str, Any]
+    seed: int
+    wish: Wish = field(default_factory=Wish)
+    given: Sequence[Sequence[int]] = ()
 
 
 def unknown_point(name: str, known: Sequence[str]) -> str:

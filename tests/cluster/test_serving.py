@@ -6,29 +6,26 @@ import asyncio
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from headless_browser import browsing, found
 from ray.exceptions import ActorDiedError, ActorUnavailableError
+from server_process import Server, free_port
 from typer.testing import CliRunner
 
 from rl_exit import EarlyExitModel
 from rl_exit.cli import app
-from rl_exit.cluster import serving
-from rl_exit.cluster.serving import Replicas, ServeOptions, check_address
+from rl_exit.cluster import replicas
+from rl_exit.cluster.replicas import Asking, Replicas
+from rl_exit.cluster.serving import ServeOptions, check_address
 from rl_exit.errors import ConfigError, UserError
-from rl_exit.serving.http import Refusal
 from rl_exit.serving.schema import Wish
+from rl_exit.serving.web import Refusal
 
 TEXTS = ["the old cat", "a hammer", "my red drill near the dog", "saw"]
 
@@ -49,14 +46,16 @@ class Dying:
 
 
 def test_a_request_whose_replica_dies_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(replicas, "FIRST_WAIT", 0.0)
     retries: list[int] = []
     handle = Dying(3)
-    backend = Replicas(handle, lambda: retries.append(1))
+    asking = Asking(handle)
+    asking.retried = lambda: retries.append(1)
+    backend = Replicas(asking)
     assert asyncio.run(backend.answer(["cat"], None, Wish())) == [{"label": "cat"}]
     assert handle.calls == 4 and len(retries) == 3
     with pytest.raises(Refusal, match="8 replicas"):
-        asyncio.run(Replicas(Dying(99)).answer(["cat"], None, Wish()))
+        asyncio.run(Replicas(Asking(Dying(99))).answer(["cat"], None, Wish()))
 
 
 @pytest.mark.parametrize(
@@ -82,69 +81,8 @@ def test_an_address_that_cannot_be_used_is_one_message() -> None:
 
 
 def test_a_model_that_is_not_there_is_one_message(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["serve", str(tmp_path / "nothing"), "--port", str(_free_port())])
+    done = CliRunner().invoke(app, ["serve", str(tmp_path / "nothing"), "--port", str(free_port())])
     assert done.exit_code == 2 and "nothing" in done.stderr and "Traceback" not in done.stderr
-
-
-def _free_port() -> int:
-    with socket.socket() as tried:
-        tried.bind(("127.0.0.1", 0))
-        return int(tried.getsockname()[1])
-
-
-class Server:
-    """The command in a process of its own."""
-
-    def __init__(self, folder: Path, log: Path) -> None:
-        self.port = _free_port()
-        self.log = log
-        command = [sys.executable, "-c", "from rl_exit.cli import main; main()", "serve", str(folder)]
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                [*command, f"--port={self.port}", "--replicas=2"], stdout=out, stderr=subprocess.STDOUT
-            )
-
-    def wait(self, seconds: float = 240.0) -> None:
-        until = time.monotonic() + seconds
-        while "serving " not in self.log.read_text():
-            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
-            time.sleep(0.1)
-
-    def post(self, path: str, body: Any) -> tuple[int, Any]:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=100) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
-            return str(response.read().decode())
-
-    def replicas(self) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in children if "ServeReplica:rl-exit:model" in _command(one)]
-
-    def wait_for_replicas(self, number: int, seconds: float = 60.0) -> list[psutil.Process]:
-        until = time.monotonic() + seconds
-        while len(found := self.replicas()) < number:
-            assert time.monotonic() < until, f"{len(found)} of {number} replicas after {seconds} s"
-            time.sleep(0.2)
-        return found
-
-    def retries(self) -> float:
-        lines = self.get("/metrics").splitlines()
-        return float(next(line for line in lines if line.startswith("rl_exit_retries_total")).split()[1])
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):  # gone since it was listed
-        return ""
 
 
 @pytest.fixture(scope="module")

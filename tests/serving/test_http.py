@@ -181,7 +181,7 @@ def test_the_page_loads_nothing_from_elsewhere(client: TestClient) -> None:
 
 
 def test_too_many_waiting_texts_are_refused_and_late_ones_given_up(front: Front, service: ModelService) -> None:
-    front.limits = Limits(max_waiting=2, timeout=0.2)
+    front.door.limits = Limits(max_waiting=2, timeout=0.2)
     with TestClient(build_app(front)) as client:
         free = threading.Event()
         service.engine.call(lambda: free.wait(10))
@@ -191,14 +191,14 @@ def test_too_many_waiting_texts_are_refused_and_late_ones_given_up(front: Front,
         )
         thread.start()
         until = time.monotonic() + 5
-        while not front._texts_inside and time.monotonic() < until:
+        while not front.door.inside and time.monotonic() < until:
             time.sleep(0.01)
         busy = client.post("/v1/predict", json={"text": "cat"})
         assert (busy.status_code, busy.json()["error"], busy.headers["retry-after"]) == (503, "busy", "1")
         thread.join()
         free.set()
         assert late[0].status_code == 504
-        front.limits = LIMITS
+        front.door.limits = LIMITS
         assert client.post("/v1/predict", json={"text": "cat"}).status_code == 200
 
 
@@ -229,9 +229,9 @@ def test_ending_answers_what_is_open_and_takes_no_more(front: Front) -> None:
 
         app = build_app(front)
         opened = asyncio.create_task(call("/v1/predict", "POST", json.dumps({"text": "cat"}).encode()))
-        while not front.open_requests:
+        while not front.door.open_requests:
             await asyncio.sleep(0)
-        left = await front.drain(5.0)
+        left = await front.door.drain(5.0)
         refused = await call("/v1/predict", "POST", b'{"text": "cat"}')
         assert await call("/healthz", "GET") == 503
         return await opened, left, refused

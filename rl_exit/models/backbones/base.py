@@ -81,7 +81,7 @@ class StepState:
         """Return the same batch with other hidden states, [B, T, H]."""
         return StepState(hidden, self.attention_mask, self.lengths, self.padded, self.masks, self.tables, self.backbone)
 
-    def select(self, rows: Tensor, length: int | None = None) -> StepState:
+    def select(self, rows: Tensor, length: int | None = None, masks: bool = True) -> StepState:
         """Return the state of some rows, with right padding trimmed; positions stay as they are.
 
         Masks are built anew for what is left, and dropped where no padding is left. ``int(state.lengths[rows].max())``
@@ -90,6 +90,7 @@ class StepState:
         Args:
             rows: Which rows to keep and in which order, integer [B'] on any device (best the CPU, where `lengths` is).
             length: Tokens to keep, at least the longest kept row; None keeps T.
+            masks: False: without masks, to be given to :func:`join_states`.
 
         Raises:
             ValueError: `length` would cut real tokens off, or is greater than T.
@@ -109,7 +110,7 @@ class StepState:
             attention_mask=attention_mask,
             lengths=lengths,
             padded=(padded := _shorter_than(lengths, keep)),
-            masks=self.backbone.masks(hidden, attention_mask, padded),
+            masks=self.backbone.masks(hidden, attention_mask, padded) if masks else {},
             tables=self.tables if keep == self.length else self.tables.trim(keep),
             backbone=self.backbone,
         )
@@ -150,7 +151,9 @@ def join_states(states: Sequence[StepState]) -> StepState:
     keep = max(int(lengths.max()), 1) if len(lengths) else states[0].length
     # What the layers read beside the rows is the same for every row; the longest batch has all positions.
     longest = max(states, key=lambda state: state.length)
-    if all(state.length >= keep for state in states):
+    if len(states) == 1 and longest.length == keep:
+        hidden, attention_mask = longest.hidden, longest.attention_mask
+    elif all(state.length >= keep for state in states):
         hidden = torch.cat([state.hidden[:, :keep] for state in states])
         attention_mask = torch.cat([state.attention_mask[:, :keep] for state in states])
     else:
@@ -331,7 +334,7 @@ class SteppedBackbone(nn.Module):
         (Llama, Qwen, GPT-2, GPT-NeoX, ModernBERT) the model's own final norm is applied, so that every exit reads
         states of the kind that the last layer gives.
         """
-        return self.final_norm(state.hidden)
+        return state.hidden if self._family.final_norm is None else self.final_norm(state.hidden)
 
     @property
     def final_norm(self) -> nn.Module:
@@ -378,6 +381,8 @@ def _checked_lengths(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         raise ValueError(f"input_ids and attention_mask must both have shape [B, T], not {given}")
     # numpy, once there: a third of torch's time for a few numbers.
     mask = attention_mask.cpu().numpy()
+    if (mask == 1).all():
+        return torch.full((mask.shape[0],), mask.shape[1], dtype=torch.int64)
     lengths = mask.sum(1)
     if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
         raise ValueError("attention_mask must be 1 at real tokens and 0 after them: batches are padded on the right")

@@ -7,11 +7,16 @@ and ``albert_layer_groups``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rl_exit.models.backbones.base import Family, StepState
+
+Embed = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def _causal_objection(config: Any) -> str | None:
@@ -27,6 +32,19 @@ def _embed(model: Any, input_ids: Tensor, attention_mask: Tensor, token_type_ids
     return hidden
 
 
+def _embed_bert(model: Any, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    """As :func:`_embed`; without gradients in five operations in place of twenty, the same sums in the same order."""
+    parts = model.embeddings
+    tables = parts.word_embeddings, parts.token_type_embeddings, parts.position_embeddings
+    if torch.is_grad_enabled() or parts.training or not all(type(table) is nn.Embedding for table in tables):
+        return _embed(model, input_ids, attention_mask, token_type_ids)
+    words, types, positions = (table.weight for table in tables)
+    hidden = F.embedding(input_ids, words)
+    hidden += types[0] if token_type_ids is None else F.embedding(token_type_ids, types)
+    hidden += positions[: input_ids.shape[1]]
+    return F.layer_norm(hidden, hidden.shape[-1:], parts.LayerNorm.weight, parts.LayerNorm.bias, parts.LayerNorm.eps)
+
+
 def _run(model: Any, index: int, state: StepState, mask: Tensor | None) -> Any:
     return model.encoder.layer[index](state.hidden, mask)
 
@@ -35,13 +53,13 @@ def _count(model: Any) -> int:
     return len(model.encoder.layer)
 
 
-def _bert_like(name: str) -> Family:
+def _bert_like(name: str, embed: Embed = _embed) -> Family:
     return Family(
-        name=name, causal=False, embed=_embed, run_layer=_run, count_layers=_count, objection=_causal_objection
+        name=name, causal=False, embed=embed, run_layer=_run, count_layers=_count, objection=_causal_objection
     )
 
 
-BERT = _bert_like("BERT")
+BERT = _bert_like("BERT", _embed_bert)
 ROBERTA = _bert_like("RoBERTa")
 ELECTRA = _bert_like("ELECTRA")
 

@@ -1,0 +1,147 @@
+"""Replicas of a model as one backend of the HTTP side: what one that died had begun goes to another."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayActorError
+
+from rl_exit.serving.schema import Wish, WriteRequest
+from rl_exit.serving.web import Refusal
+
+GIVEN_UP = 8  # replicas that may die under one request before it is refused
+FIRST_WAIT = 0.05  # seconds before a request is given to another replica; doubles with every further death
+
+
+class Asking:
+    """Calls of a deployment whose replicas may die, and what they say of themselves.
+
+    Args:
+        handle: Of the deployment.
+
+    Attributes:
+        handle: The same.
+        retried: Called for every request that goes to another replica.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.retried: Callable[[], None] = lambda: None
+        self._states: dict[str, tuple[float, dict[str, Any]]] = {}
+
+    async def ask(self, method: str, *words: Any) -> Any:
+        """The answer of some replica.
+
+        Raises:
+            Refusal: ``GIVEN_UP`` replicas have died of it.
+        """
+        for attempt in range(GIVEN_UP):
+            try:
+                return await getattr(self.handle, method).remote(*words)
+            except RayActorError:
+                await self.another(attempt)
+        raise given_up()
+
+    async def another(self, attempt: int) -> None:
+        """A replica has died under a request: wait a little before the next is asked."""
+        self.retried()
+        await asyncio.sleep(min(FIRST_WAIT * 2**attempt, 1.0))
+
+    def keep(self, found: dict[str, Any]) -> None:
+        """Keep what a replica says of itself."""
+        self._states[found["replica"]] = (time.monotonic(), found["state"])
+
+    async def states(self) -> dict[str, dict[str, Any]]:
+        """What the replicas last said; one of them is asked anew, and nothing is told where it does not answer."""
+        try:
+            self.keep(await asyncio.wait_for(self.handle.state.remote(), 1.0))
+        except (RayActorError, TimeoutError):
+            return {}
+        now = time.monotonic()
+        self._states = {name: (at, state) for name, (at, state) in self._states.items() if now - at < 60.0}
+        return {name: state for name, (_, state) in self._states.items()}
+
+
+class Replicas:
+    """Replicas of a classifier; see :class:`rl_exit.serving.http.Backend`.
+
+    Args:
+        asking: Of the deployment.
+    """
+
+    def __init__(self, asking: Asking) -> None:
+        self._asking = asking
+
+    async def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, wish: Wish) -> list[dict[str, Any]]:
+        """See :class:`rl_exit.serving.http.Backend`."""
+        found = await self._asking.ask("answer", texts, pairs, wish)
+        self._asking.keep(found)
+        answers: list[dict[str, Any]] = found["answers"]
+        return answers
+
+    async def explain(self, text: str, pair: str | None, wish: Wish) -> dict[str, Any]:
+        """See :class:`rl_exit.serving.http.Backend`."""
+        found: dict[str, Any] = await self._asking.ask("explain", text, pair, wish)
+        return found
+
+    async def states(self) -> dict[str, dict[str, Any]]:
+        """See :meth:`Asking.states`."""
+        return await self._asking.states()
+
+
+class Writers:
+    """Replicas of a decoder; see :class:`rl_exit.serving.writing_http.WritingBackend`.
+
+    Args:
+        asking: Of the deployment.
+    """
+
+    def __init__(self, asking: Asking) -> None:
+        self._asking = asking
+
+    async def whole(self, request: WriteRequest) -> list[dict[str, Any]]:
+        """See :class:`rl_exit.serving.writing_http.WritingBackend`; written anew where a replica dies."""
+        found = await self._asking.ask("whole", request)
+        self._asking.keep(found)
+        tokens: list[dict[str, Any]] = found["tokens"]
+        return tokens
+
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """See :class:`rl_exit.serving.writing_http.WritingBackend`.
+
+        Where a replica dies, another is given the tokens that have been told and goes on behind them: their keys and
+        values are made again by the same steps (state copying makes them depend on every exit), nothing is told twice.
+        """
+        told: list[list[int]] = [list(given) for given in request.given] or [[] for _ in request.prompts]
+        ended: set[int] = set()
+        for attempt in range(GIVEN_UP):
+            response = self._asking.handle.options(stream=True).stream.remote(replace(request, given=told))
+            try:
+                async for part in response:
+                    for token in part:
+                        told[token["index"]].append(token["token"])
+                        if token["finish"] is not None:
+                            ended.add(token["index"])
+                    yield part
+                return
+            except RayActorError:
+                if len(ended) == len(told):
+                    return
+                await self._asking.another(attempt)
+            finally:
+                response.cancel()
+        raise given_up()
+
+    async def states(self) -> dict[str, dict[str, Any]]:
+        """See :meth:`Asking.states`."""
+        return await self._asking.states()
+
+
+def given_up() -> Refusal:
+    """What a request is told under which too many replicas have died."""
+    message = f"{GIVEN_UP} replicas of the model died while they worked on this request"
+    return Refusal(503, "no_replica", message)

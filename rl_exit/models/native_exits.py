@@ -1,0 +1,165 @@
+"""An exit decision in one call of compiled code (``native_exits.c``, :mod:`rl_exit.native`).
+
+Beside a small model's layer at batch size 1 the decision's arithmetic is nothing, and its forty operations of torch or
+numpy are everything: a layer sweeps the caches, so that each of them finds its own code cold. One call is a tenth of
+that. The slow twins are the modules' own methods; tests hold them together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rl_exit.models.answer_heads import AnswerHeads
+from rl_exit.models.backbones import StepState
+from rl_exit.models.exits import ExitHeads
+from rl_exit.models.policy import PolicyHeads
+from rl_exit.models.quick_policy import KEY
+from rl_exit.native import library
+
+SOURCE = Path(__file__).with_name("native_exits.c")
+POOLING = {"cls": 0, "mean": 1, "last": 2}
+_SIZES = ("layers", "hidden", "classes", "width", "answer_width", "pooling", "shared")
+_ARRAYS = (
+    *("exit_weight", "exit_bias", "scale", "answer_in", "answer_in_bias", "answer_out", "answer_out_bias"),
+    *("policy_in", "policy_in_bias", "policy_out", "policy_out_bias"),
+)
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_int64) for name in _SIZES), *((name, ctypes.c_void_p) for name in _ARRAYS)]
+
+
+class Decision(NamedTuple):
+    """One decision.
+
+    Attributes:
+        answers: float32 [B, C], logits of what each row would answer here.
+        odds: float32 [B], log-odds of Exit.
+        leave: bool [B], whether they exceed the cut.
+        leaving: How many leave.
+    """
+
+    answers: Tensor
+    odds: Tensor
+    leave: Tensor
+    leaving: int
+
+
+class NativeExits:
+    """Exits, the policy's own answers, and a policy that reads answers, float32 on the CPU.
+
+    The modules' own memory is read, so weights that change in place are followed; :meth:`serves` says whether they
+    still are where they were.
+
+    Args:
+        exits: The exits.
+        heads: What the policy answers; None: what the exits do.
+        policy: Heads that read the answers alone.
+        pooling: ``"cls"``, ``"mean"`` or ``"last"``.
+        decide: The compiled function.
+    """
+
+    def __init__(
+        self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads, pooling: str, decide: Callable[..., int]
+    ) -> None:
+        self._decide = decide
+        self._weights = _weights(exits, heads, policy)
+        self._addresses = [weight.data_ptr() for weight in self._weights]
+        wide = 0 if heads is None else heads.bias_in.shape[1]
+        sizes = (exits.num_layers, exits.hidden_size, exits.num_classes, policy.width, wide, POOLING[pooling])
+        arrays = self._addresses if heads is not None else [*self._addresses[:2], *(None,) * 5, *self._addresses[2:]]
+        self._structure = _Heads(*sizes, int(policy.shared), *arrays)
+        self._pointer = ctypes.addressof(self._structure)
+        self._classes = exits.num_classes
+        self._kept = 3 * exits.num_classes + 3
+
+    @classmethod
+    def of(cls, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads, pooling: str) -> NativeExits | None:
+        """The compiled form; None where there is none on this machine, or the weights are not float32 on the CPU."""
+        decide = _function()
+        if decide is None:
+            return None
+        found = _weights(exits, heads, policy)
+        if not all(w.dtype == torch.float32 and w.device.type == "cpu" and w.is_contiguous() for w in found):
+            return None
+        return cls(exits, heads, policy, pooling, decide)
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """Addresses mean nothing to a copy of the model, which makes its own at its first decision."""
+        return _nothing, ()
+
+    def serves(self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads) -> bool:
+        """Whether it reads the memory of these modules."""
+        return [weight.data_ptr() for weight in _weights(exits, heads, policy)] == self._addresses
+
+    def decide(self, layer: int, hidden: Tensor, state: StepState, carry: dict[str, Tensor], cut: float) -> Decision:
+        """Decide for all rows.
+
+        Args:
+            layer: 1..L-1, asked in turn.
+            hidden: float32 [B, T, H] on the CPU, what the exits pool.
+            state: Its lengths.
+            carry: Keeps the memory that :class:`rl_exit.models.quick_policy.QuickPolicy` keeps.
+            cut: Log-odds above which a row leaves.
+        """
+        rows, tokens, _ = hidden.shape
+        if not hidden.is_contiguous():
+            hidden = hidden.contiguous()
+        before = 0
+        if layer > 1:
+            memory = carry[KEY]
+            if not memory.is_contiguous():
+                memory = memory.contiguous()
+            before = memory.data_ptr()
+        after, answers = torch.empty((rows, self._kept)), torch.empty((rows, self._classes))
+        odds, leave = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
+        leaving = self._decide(
+            self._pointer,
+            layer,
+            hidden.data_ptr(),
+            rows,
+            tokens,
+            state.lengths.data_ptr() if state.padded else 0,
+            cut,
+            before,
+            after.data_ptr(),
+            answers.data_ptr(),
+            odds.data_ptr(),
+            leave.data_ptr(),
+        )
+        if leaving < 0:
+            raise MemoryError(f"no memory for an exit decision on {rows} rows")
+        carry[KEY] = after
+        return Decision(answers, odds, leave, leaving)
+
+
+def _weights(exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads) -> list[Tensor]:
+    own = [] if heads is None else [heads.scale, heads.weight_in, heads.bias_in, heads.weight_out, heads.bias_out]
+    return [exits.weight, exits.bias, *own, policy.weight_in, policy.bias_in, policy.weight_out, policy.bias_out]
+
+
+def _nothing() -> None:
+    return None
+
+
+@cache
+def _function() -> Callable[..., int] | None:
+    found = library(SOURCE)
+    if found is None:
+        return None
+    decide: Any = found.rl_exit_decide
+    long, pointer = ctypes.c_int64, ctypes.c_void_p
+    decide.argtypes = [
+        *(pointer, long, pointer, long, long, pointer, ctypes.c_float),
+        *(pointer, pointer, pointer, pointer, pointer),
+    ]
+    decide.restype = long
+    function: Callable[..., int] = decide
+    return function
