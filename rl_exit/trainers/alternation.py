@@ -168,7 +168,7 @@ class _Alternation:
         if c.init.model is not None:
             self.display.say(f"initialisation taken from {c.init.model}")
             return take_initialised(c.init.model, folder / "start", folder / "model")
-        if not self.writes:
+        if self.steps.builds_store:
             self.workers.begin_store()
         job = ExitTraining(
             model=str(folder / "start"),

@@ -42,6 +42,8 @@ class LabelSteps:
         workers: Groups of workers that stay between their turns.
     """
 
+    builds_store = True
+
     def __init__(self, run: RunDirectory, display: Display, workers: Workers) -> None:
         self.run = run
         self.display = display

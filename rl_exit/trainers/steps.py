@@ -19,7 +19,13 @@ from rl_exit.trainers.run_directory import MetricLog, RunDirectory
 
 
 class Steps(Protocol):
-    """What a kind of task does in a run; every method may be called again after a fault."""
+    """What a kind of task does in a run; every method may be called again after a fault.
+
+    Attributes:
+        builds_store: Whether :meth:`store` needs the workers' builders.
+    """
+
+    builds_store: bool
 
     def prepare(self) -> dict[str, Any]:
         """Write the tokenised instances of all splits, data/task.json and the model with fresh exits (init/start).

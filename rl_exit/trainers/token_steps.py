@@ -38,6 +38,8 @@ class TokenSteps:
         ConfigError: The configuration asks for what only a classifier has.
     """
 
+    builds_store = False
+
     def __init__(self, run: RunDirectory, display: Display) -> None:
         self.run = run
         self.display = display
