@@ -36,6 +36,7 @@ def main(folders: list[str]) -> None:
     recorded: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for folder in folders:
         results = json.loads((Path(folder) / "results.json").read_text())
+        results["run_name"] = results["run_name"].removesuffix("-seed0")
         entry = {
             "command": COMMANDS.get(results["run_name"], "rl-exit train"),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
