@@ -23,11 +23,12 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP)
 	$(BIN)/rl-exit train configs/default.yaml --resume
 
-# Both side by side, since the tests on a Ray cluster mostly wait; their output follows when the others are done.
+# Both side by side, since the tests on a Ray cluster mostly wait; they go first where both want a core, as they take longer.
+# Their output follows when the others are done.
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ray >$(VENV)/test-ray.log 2>&1 & ray=$$!; \
 	trap 'kill $$ray 2>/dev/null; exit 130' INT TERM; \
-	$(MAKE) --no-print-directory test-fast; fast=$$?; \
+	nice -n 10 $(MAKE) --no-print-directory test-fast; fast=$$?; \
 	wait $$ray; ray=$$?; cat $(VENV)/test-ray.log; \
 	[ $$fast -eq 0 ] || echo "make test-fast has failed (exit code $$fast)"; \
 	[ $$ray -eq 0 ] || echo "make test-ray has failed (exit code $$ray)"; \

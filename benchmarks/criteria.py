@@ -10,14 +10,12 @@ scores of each criterion, and accuracy and saved layers at every threshold that 
 from __future__ import annotations
 
 import datetime
-import inspect
 import json
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +29,12 @@ from rl_exit.envs.state_store import StateStore, StateStoreWriter
 from rl_exit.measurement import losses_of
 from rl_exit.models.policy import PolicyHeads
 from rl_exit.trainers.compare import NUMBERS_ONLY
+from rl_exit.trainers.compare_evidence import any_value
 from rl_exit.trainers.run_directory import versions
 
 LAYERS, HIDDEN, CLASSES = 6, 384, 20
 FITTED = 2000
 BLOCK = 4096
-ANY_VALUE: dict[str, Any] = {"threshold": 0.5, "patience": 1, "depth": 1}
 
 
 def write_store(folder: Path, count: int) -> StateStore:
@@ -63,11 +61,10 @@ def main() -> None:
         store = write_store(Path(scratch) / "store", count)
         stored = StoredSplit(store.labels, store.logits, store.losses, store.correct, store.states)
         rules, fitting = {}, {}
-        for word, kind in CRITERIA.items():
+        for word in CRITERIA:
             if word in NUMBERS_ONLY:
                 continue
-            needed = inspect.signature(kind).parameters.values()
-            values = {p.name: ANY_VALUE[p.name] for p in needed if p.name in ANY_VALUE and p.default is p.empty}
+            values = any_value(word)
             started = time.monotonic()
             few = stored.select(np.arange(min(FITTED, count)))
             rules[word] = fit_criterion(word, few, 0, **values) if word in LEARNED else criterion(word, **values)

@@ -62,10 +62,6 @@ class DepthPool:
         self._counts[layer] -= len(taken)
         return taken
 
-    def deepest(self, least: int) -> int | None:
-        """The deepest layer after which at least ``least`` rows wait; None if there is none."""
-        return next((layer for layer in reversed(range(self.num_layers)) if self._counts[layer] >= least), None)
-
     def ready(self, rows: int, tokens: int | None = None) -> int | None:
         """The deepest layer after which ``rows`` rows wait, or ``tokens`` tokens with their padding; None: nowhere."""
         for layer in reversed(range(self.num_layers)):

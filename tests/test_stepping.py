@@ -83,7 +83,7 @@ def test_the_pool_is_first_come_first_served(model):
     pool, rule = DepthPool(model.num_layers), Fixed(3)
     for number in (0, 10, 20):
         pool.put(enter(model, batch_of(3, 4, seed=number), rule, torch.tensor([number, number + 1])))
-    assert (len(pool), pool.waiting(0), pool.deepest(7), pool.deepest(6), pool.shallowest()) == (6, 6, None, 0, 0)
+    assert (len(pool), pool.waiting(0), pool.ready(7), pool.ready(6), pool.shallowest()) == (6, 6, None, 0, 0)
     assert pool.take(0, 3).rows.tolist() == [0, 1, 10]
     assert pool.take(0, 3).rows.tolist() == [11, 20, 21]
     assert pool.shallowest() is None

@@ -82,7 +82,38 @@ class ServeOptions:
             raise ConfigError(f"batching = {self.batching!r}; accepted: pooled, plain")
 
 
-class ModelReplica:
+class _Replica:
+    """What every copy of a model has: a service with a thread of its own, and a name."""
+
+    _service: Any
+
+    def _set_up(self, options: ServeOptions) -> None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+        sys.setswitchinterval(0.0005)  # the model's thread and the event loop take turns more often than every 5 ms
+        self._name = serve.get_replica_context().replica_id.unique_id
+
+    def state(self) -> dict[str, Any]:
+        """Who this is, and what its service says of itself."""
+        return {"replica": self._name, "pid": os.getpid(), "state": self._service.state()}
+
+    def check_health(self) -> None:
+        """Asked by Serve; a replica whose model thread is gone is replaced.
+
+        Raises:
+            RuntimeError: It is gone.
+        """
+        if not self._service.engine.alive:
+            raise RuntimeError("the thread of the model has ended")
+
+    def __del__(self) -> None:
+        """Called by Serve when all requests are answered."""
+        if hasattr(self, "_service"):
+            self._service.close()
+
+
+class ModelReplica(_Replica):
     """One copy of the model; a Serve deployment.
 
     Args:
@@ -90,18 +121,14 @@ class ModelReplica:
     """
 
     def __init__(self, options: ServeOptions) -> None:
-        import torch
-
         from rl_exit.models.early_exit import EarlyExitModel
         from rl_exit.serving.engine import measure_rules
         from rl_exit.serving.service import ModelService
 
-        torch.set_num_threads(options.threads)
-        sys.setswitchinterval(0.0005)  # the model's thread and the event loop take turns more often than every 5 ms
+        self._set_up(options)
         model = EarlyExitModel.from_pretrained(options.model).eval()
         self._options = options
         self._service = ModelService(model, measure_rules(model, options.batch_size, options.deadline))
-        self._name = serve.get_replica_context().replica_id.unique_id
         self._together.set_max_batch_size(options.batch_size)
         self._together.set_batch_wait_timeout_s(options.deadline)
 
@@ -121,24 +148,6 @@ class ModelReplica:
         """See :meth:`rl_exit.serving.service.ModelService.explain`."""
         return await self._service.explain(text, pair, wish)
 
-    def state(self) -> dict[str, Any]:
-        """Who this is, and :meth:`rl_exit.serving.service.ModelService.state`."""
-        return {"replica": self._name, "pid": os.getpid(), "state": self._service.state()}
-
-    def check_health(self) -> None:
-        """Asked by Serve; a replica whose model thread is gone is replaced.
-
-        Raises:
-            RuntimeError: It is gone.
-        """
-        if not self._service.engine.alive:
-            raise RuntimeError("the thread of the model has ended")
-
-    def __del__(self) -> None:
-        """Called by Serve when all requests are answered."""
-        if hasattr(self, "_service"):
-            self._service.close()
-
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
     async def _together(self, requests: list[Any]) -> list[Any]:
         """Plain batching."""
@@ -148,7 +157,7 @@ class ModelReplica:
         return await asyncio.wrap_future(work)
 
 
-class WriterReplica:
+class WriterReplica(_Replica):
     """One copy of a decoder; a Serve deployment.
 
     Args:
@@ -156,16 +165,12 @@ class WriterReplica:
     """
 
     def __init__(self, options: ServeOptions) -> None:
-        import torch
-
         from rl_exit.models.early_exit import EarlyExitModel
         from rl_exit.serving.writer import WritingService
 
-        torch.set_num_threads(options.threads)
-        sys.setswitchinterval(0.0005)
+        self._set_up(options)
         model = EarlyExitModel.from_pretrained(options.model)
         self._service = WritingService(model, options.batch_size, options.max_context)
-        self._name = serve.get_replica_context().replica_id.unique_id
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[list[dict[str, Any]], None]:
         """See :meth:`rl_exit.serving.writer.WritingService.stream`."""
@@ -176,24 +181,6 @@ class WriterReplica:
     async def whole(self, request: WriteRequest) -> dict[str, Any]:
         """See :meth:`rl_exit.serving.writer.WritingService.whole`; who wrote and how it stands comes along."""
         return {"tokens": await self._service.whole(request), **self.state()}
-
-    def state(self) -> dict[str, Any]:
-        """Who this is, and :meth:`rl_exit.serving.writer.WritingService.state`."""
-        return {"replica": self._name, "pid": os.getpid(), "state": self._service.state()}
-
-    def check_health(self) -> None:
-        """See :meth:`ModelReplica.check_health`.
-
-        Raises:
-            RuntimeError: It is gone.
-        """
-        if not self._service.engine.alive:
-            raise RuntimeError("the thread of the model has ended")
-
-    def __del__(self) -> None:
-        """Called by Serve when all requests are answered."""
-        if hasattr(self, "_service"):
-            self._service.close()
 
 
 class HttpFront:

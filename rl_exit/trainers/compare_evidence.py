@@ -210,16 +210,18 @@ class _Exits:
                 split = _stored(dev if word in ON_DEV or train is None else train)
                 if split.num_instances > FIT_INSTANCES:
                     split = split.select(self._drawn(split.num_instances))
-                fitted = fit_criterion(word, split, derive_seed(self.run.config.seed, "criteria", word), **_any(word))
+                fitted = fit_criterion(
+                    word, split, derive_seed(self.run.config.seed, "criteria", word), **any_value(word)
+                )
                 save_criterion(fitted, self.folder / "criteria")
 
     def _criterion(self, word: str) -> Criterion:
         """A criterion at any threshold: its scores do not depend on it."""
         if word not in LEARNED:
-            return criterion(word, **_any(word))
+            return criterion(word, **any_value(word))
         folder = self._learned_in(word)
         assert folder is not None  # fitted before
-        return load_criterion(folder, word, **_any(word))
+        return load_criterion(folder, word, **any_value(word))
 
     def _learned_in(self, word: str) -> Path | None:
         """Folder of what a criterion learned along with the exits, or on them."""
@@ -273,7 +275,7 @@ class _Exits:
         return self._models[folder]
 
 
-def _any(word: str) -> dict[str, Any]:
+def any_value(word: str) -> dict[str, Any]:
     """Any value for the parameters that a criterion cannot be made without."""
     needed = inspect.signature(CRITERIA[word]).parameters.values()
     return {p.name: _ANY_VALUE[p.name] for p in needed if p.name in _ANY_VALUE and p.default is p.empty}
