@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
+from rl_exit.errors import UserError
 from rl_exit.serving.schema import Wish, WriteRequest
 from rl_exit.serving.web import Refusal
 
@@ -38,12 +39,18 @@ class Asking:
 
         Raises:
             Refusal: ``GIVEN_UP`` replicas have died of it.
+            UserError: What a replica raised for the user.
         """
         for attempt in range(GIVEN_UP):
+            response = getattr(self.handle, method).remote(*words)
             try:
-                return await getattr(self.handle, method).remote(*words)
+                return await response
             except RayActorError:
                 await self.another(attempt)
+            except RayTaskError as error:
+                raise in_words(error) from None
+            finally:
+                response.cancel()  # nothing, unless nobody waits any more: then the replica's work ends as well
         raise given_up()
 
     async def another(self, attempt: int) -> None:
@@ -132,6 +139,8 @@ class Writers:
                 if len(ended) == len(told):
                     return
                 await self._asking.another(attempt)
+            except RayTaskError as error:
+                raise in_words(error) from None
             finally:
                 response.cancel()
         raise given_up()
@@ -139,6 +148,11 @@ class Writers:
     async def states(self) -> dict[str, dict[str, Any]]:
         """See :meth:`Asking.states`."""
         return await self._asking.states()
+
+
+def in_words(error: RayTaskError) -> Exception:
+    """What a replica raised for the user, without Ray's account of where; anything else as Ray tells it."""
+    return error.cause if isinstance(error.cause, UserError) else error
 
 
 def given_up() -> Refusal:

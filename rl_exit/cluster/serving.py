@@ -33,6 +33,7 @@ from rl_exit.serving.writing_schema import WriterInfo
 
 NAME = "rl-exit"
 DRAIN = 30.0  # seconds that open requests are waited for at the end
+FRONT_ENDS = 2.0  # seconds more for the HTTP side, which has waited for its requests before it is ended
 
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
@@ -237,7 +238,7 @@ def application(options: ServeOptions, info: ModelInfo | WriterInfo) -> Any:
         name="front",
         num_replicas=1,
         max_ongoing_requests=most,
-        graceful_shutdown_timeout_s=DRAIN,
+        graceful_shutdown_timeout_s=FRONT_ENDS,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": SERVE_SETTINGS}},
         logging_config=QUIET,
     )

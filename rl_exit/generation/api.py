@@ -81,15 +81,15 @@ def generate_ids(
     settings, as_dict = settings_of(model.generation_config, generation_config, options, width)
     mask = _mask_of(input_ids, attention_mask, settings)
     prompts = [row[kept].tolist() for row, kept in zip(input_ids.cpu(), mask.cpu(), strict=True)]
-    settings = _fitting(model, prompts, settings)
+    limits = _limits(model, prompts, settings)
     if streamer is not None:
         if settings.lossless and len(prompts) > 1:
             raise ConfigError("a streamer of transformers takes one token a row at a time; with lossless=True, one row")
         streamer.put(input_ids.cpu())
-    new = torch.full((len(prompts), settings.max_new_tokens), settings.pad_token_id, dtype=input_ids.dtype)
-    layers = torch.zeros((len(prompts), settings.max_new_tokens), dtype=torch.int64)
+    new = torch.full((len(prompts), max(limits)), settings.pad_token_id, dtype=input_ids.dtype)
+    layers = torch.zeros((len(prompts), max(limits)), dtype=torch.int64)
     counts = [0] * len(prompts)
-    for found in events(model, prompts, settings, rule, input_ids.to(model.device), with_text=False):
+    for found in events(model, prompts, settings, limits, rule, input_ids.to(model.device), with_text=False):
         for event in found:
             new[event.row, counts[event.row]] = event.token
             layers[event.row, counts[event.row]] = event.exit_layer
@@ -124,11 +124,11 @@ def stream_texts(
         return
     longest = max(map(len, encoded))
     settings, _ = settings_of(model.generation_config, generation_config, options, longest)
-    settings = _fitting(model, encoded, settings)
+    limits = _limits(model, encoded, settings)
     padded = torch.tensor(
         [[settings.pad_token_id] * (longest - len(one)) + one for one in encoded], device=model.device
     )
-    yield from events(model, encoded, settings, rule, padded, with_text=True)
+    yield from events(model, encoded, settings, limits, rule, padded, with_text=True)
 
 
 def generate_texts(
@@ -194,31 +194,31 @@ def _mask_of(input_ids: Tensor, attention_mask: Tensor | None, settings: Setting
     if attention_mask is None:
         pad = settings.pad_token_id
         padded = pad not in settings.eos_token_ids and bool((input_ids == pad).any())
-        return input_ids != pad if padded else torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask.shape != input_ids.shape:
+        mask = input_ids != pad if padded else torch.ones_like(input_ids, dtype=torch.bool)
+    elif attention_mask.shape != input_ids.shape:
         given = f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
         raise DataError(f"input_ids and attention_mask must both have shape [B, T], not {given}")
-    mask = attention_mask.bool()
+    else:
+        mask = attention_mask.bool()
     if not bool(mask.any(1).all()):
-        raise DataError("attention_mask: a row without a single token; a prompt needs one")
+        name = "input_ids" if attention_mask is None else "attention_mask"
+        raise DataError(f"{name}: a row without a single token; a prompt needs one")
     return mask
 
 
-def _fitting(model: EarlyExitCausalModel, prompts: Sequence[Sequence[int]], settings: Settings) -> Settings:
-    """Settings with no more new tokens than there are positions for.
+def _limits(model: EarlyExitCausalModel, prompts: Sequence[Sequence[int]], settings: Settings) -> list[int]:
+    """Tokens that each prompt's text may have: those wanted, or fewer where there are no positions for them.
 
     Raises:
         DataError: A prompt fills all positions.
     """
-    from dataclasses import replace
-
     limit = position_limit(model.backbone.model.config)
+    if limit is None:
+        return [settings.max_new_tokens] * len(prompts)
     longest = max(map(len, prompts))
-    if limit is None or longest + settings.max_new_tokens <= limit:
-        return settings
     if longest >= limit:
         raise DataError(f"a prompt of {longest} tokens; this model has positions for {limit}, and one must be left")
-    return replace(settings, max_new_tokens=limit - longest)
+    return [min(settings.max_new_tokens, limit - len(prompt)) for prompt in prompts]
 
 
 def _start_token(model: EarlyExitCausalModel) -> Tensor:

@@ -85,6 +85,7 @@ def events(
     model: EarlyExitCausalModel,
     prompts: Sequence[Sequence[int]],
     settings: Settings,
+    limits: Sequence[int],
     criterion: Criterion | None,
     padded: Tensor,
     with_text: bool,
@@ -95,16 +96,18 @@ def events(
         model: The model, in evaluation mode, with a tokenizer if text is wanted.
         prompts: Token ids of each prompt, at least one each.
         settings: How to choose tokens and when to end.
+        limits: New tokens of each prompt at most, ``max_new_tokens`` or less.
         criterion: Who leaves; None: nobody below layer L.
         padded: The prompts as one tensor [B, T], for processors that read them.
         with_text: Whether events carry pieces of text (always so where stop strings must be found).
     """
-    engine = Engine(model, len(prompts), max(map(len, prompts)) + settings.max_new_tokens)
+    room = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    engine = Engine(model, len(prompts), room)
     stops = settings.stop_strings
     rows = [
         Growing(
             number,
-            settings.max_new_tokens,
+            limits[number],
             TextPieces(model.tokenizer, stops, prompt[-CONTEXT:]) if with_text or stops else None,
         )
         for number, prompt in enumerate(prompts)
@@ -125,13 +128,14 @@ def _plain(
 ) -> Iterator[list[Event]]:
     choose = Chooser(settings, logits.device)
     count, width = padded.shape
-    sequences = padded.new_full((count, width + settings.max_new_tokens), settings.pad_token_id)
+    most = max(row.limit for row in rows)
+    sequences = padded.new_full((count, width + most), settings.pad_token_id)
     sequences[:, :width] = padded
     layers = [model.num_layers] * count
     active = list(range(count))
-    for number in range(settings.max_new_tokens):
+    for number in range(most):
         if number:
-            done = torch.full((len(active),), number / settings.max_new_tokens, device=logits.device)
+            done = torch.tensor([number / rows[row].limit for row in active], device=logits.device)
             step = engine.step(active, [rows[row].tokens[-1] for row in active], criterion, done)
             if len(active) == count:
                 logits = step.logits
@@ -206,7 +210,7 @@ def _draft(
     going = [row for row in active if room[row] > 0]
     last = {row: rows[row].tokens[-1] for row in going}
     while going:
-        share = [(len(rows[row].tokens) + len(drafts[row])) / settings.max_new_tokens for row in going]
+        share = [(len(rows[row].tokens) + len(drafts[row])) / rows[row].limit for row in going]
         step = engine.step(going, [last[row] for row in going], criterion, torch.tensor(share, device=engine.device))
         for row, token, number in zip(going, step.logits.argmax(-1).tolist(), step.exits, strict=True):
             drafts[row].append((token, model.exit_layers[number - 1]))

@@ -27,6 +27,7 @@ from rl_exit.errors import ConfigError, nearest
 DEFAULT_NEW_TOKENS = 20
 DEFAULT_TOP_K = 50
 DEFAULT_DRAFT = 4
+LEAST_TEMPERATURE = 0.001  # below it, logits over the temperature are no numbers of float32 any more
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Settings:
     Attributes:
         max_new_tokens: Tokens to generate at most, 1 or more.
         do_sample: Draw tokens; False: take the likeliest.
-        temperature: Over 0; below 1 sharpens. Usual 0.2 to 1.
+        temperature: From 0.001; below 1 sharpens. Usual 0.2 to 1.
         top_k: Draw from the k likeliest; 0: from all.
         top_p: Draw from the fewest tokens with at least this probability together; 1: from all.
         min_p: Draw from tokens with at least this share of the likeliest one's probability; 0: from all.
@@ -67,7 +68,7 @@ class Settings:
         _count("max_new_tokens", self.max_new_tokens, 1)
         _count("top_k", self.top_k, 0)
         _count("draft_tokens", self.draft_tokens, 1)
-        _number("temperature", self.temperature, 0.0, float("inf"), over=True)
+        _number("temperature", self.temperature, LEAST_TEMPERATURE, float("inf"))
         _number("top_p", self.top_p, 0.0, 1.0, over=True)
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, float("inf"), over=True)
@@ -148,6 +149,7 @@ def settings_of(
     """
     known_words = GenerationConfig().to_dict()
     values: dict[str, Any] = {}
+    whole: int | None = None  # of the source that decides, where that is max_length
     for source, strict in ((_set(defaults), False), ({} if given is None else _set(given), True), (options, True)):
         for key, value in source.items():
             if key in _TAKEN or key in _OWN:
@@ -160,9 +162,12 @@ def settings_of(
                 accepted = ", ".join(sorted(_TAKEN | _OWN))
                 raise ConfigError(f"generate: {key} = {value!r} {what}.{hint} Accepted: {accepted}")
         if "max_length" in source and source["max_length"] is not None and "max_new_tokens" not in source:
-            values["max_new_tokens"] = _whole("max_length", source["max_length"]) - prompt_tokens
-            if values["max_new_tokens"] < 1:
-                raise ConfigError(f"max_length = {source['max_length']}: the prompt has {prompt_tokens} tokens already")
+            whole = _whole("max_length", source["max_length"])
+            values["max_new_tokens"] = whole - prompt_tokens
+        elif source.get("max_new_tokens") is not None:
+            whole = None
+    if whole is not None and values["max_new_tokens"] < 1:
+        raise ConfigError(f"max_length = {whole}: the prompt has {prompt_tokens} tokens already")
     values.pop("max_length", None)
     wanted = bool(values.pop("return_dict_in_generate", False))
     eos = values.pop("eos_token_id", None)
@@ -192,16 +197,16 @@ class Chooser:
             self.generator = torch.Generator(device).manual_seed(settings.seed)
         chain = LogitsProcessorList()
         if settings.repetition_penalty != 1.0:
-            chain.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+            chain.append(RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty)))
         if settings.do_sample:
             if settings.temperature != 1.0:
-                chain.append(TemperatureLogitsWarper(settings.temperature))
+                chain.append(TemperatureLogitsWarper(float(settings.temperature)))
             if settings.top_k:
                 chain.append(TopKLogitsWarper(settings.top_k))
             if settings.top_p < 1.0:
-                chain.append(TopPLogitsWarper(settings.top_p))
+                chain.append(TopPLogitsWarper(float(settings.top_p)))
             if settings.min_p:
-                chain.append(MinPLogitsWarper(settings.min_p))
+                chain.append(MinPLogitsWarper(float(settings.min_p)))
         self.chain = chain
 
     def __call__(self, sequences: Tensor, logits: Tensor) -> Tensor:

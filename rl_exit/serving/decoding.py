@@ -30,6 +30,9 @@ from rl_exit.generation.text import TextPieces
 if TYPE_CHECKING:
     from rl_exit.models.causal import EarlyExitCausalModel
 
+Told = Event | Exception
+"""A token, or what went wrong with its text."""
+
 PROMPT_TOKENS = 256
 """Tokens of prompts that run between two steps, so that a long prompt does not hold up those who write."""
 
@@ -157,11 +160,12 @@ class ContinuousBatch:
         self._free.append(writing.row)
 
     @torch.inference_mode()
-    def turn(self) -> list[tuple[Writing, Event]]:
+    def turn(self) -> list[tuple[Writing, Told]]:
         """Let texts in, run some of their prompts, and write one token of each text whose prompt has run.
 
         Returns:
-            The new tokens, at most one for each text; those of ``given`` included.
+            The new tokens, at most one for each text; those of ``given`` included. In place of a token what went wrong
+            with that text alone; it is dropped, the others go on.
         """
         while self._free and self._waiting:
             writing = self._waiting.popleft()
@@ -169,13 +173,13 @@ class ContinuousBatch:
             self._inside.append(writing)
         going = [one for one in self._inside if one.read == len(one.order.prompt)]
         found = self._read_prompts() + self._step(going)
-        for writing, event in found:
-            if event.finish is not None:
+        for writing, told in found:
+            if isinstance(told, Exception) or told.finish is not None:
                 self.drop(writing)
-        self.counts.tokens += len(found)
+        self.counts.tokens += sum(isinstance(told, Event) for _, told in found)
         return found
 
-    def _read_prompts(self) -> list[tuple[Writing, Event]]:
+    def _read_prompts(self) -> list[tuple[Writing, Told]]:
         left = self._prompt_tokens
         reading: list[Writing] = []
         pieces: list[list[int]] = []
@@ -196,7 +200,7 @@ class ContinuousBatch:
             return []
         return self._take([reading[place] for place in there], logits[there], [self._model.num_layers] * len(there))
 
-    def _step(self, going: Sequence[Writing]) -> list[tuple[Writing, Event]]:
+    def _step(self, going: Sequence[Writing]) -> list[tuple[Writing, Told]]:
         if not going:
             return []
         model = self._model
@@ -213,15 +217,18 @@ class ContinuousBatch:
         self.counts.row_layers += sum(layers)
         return self._take(going, step.logits, layers)
 
-    def _take(self, going: Sequence[Writing], logits: Tensor, layers: Sequence[int]) -> list[tuple[Writing, Event]]:
+    def _take(self, going: Sequence[Writing], logits: Tensor, layers: Sequence[int]) -> list[tuple[Writing, Told]]:
         likeliest = logits.argmax(-1).tolist()
-        found = []
+        found: list[tuple[Writing, Told]] = []
         for place, (one, layer) in enumerate(zip(going, layers, strict=True)):
-            token = likeliest[place] if one.choose is None else _drawn(one, one.choose, logits[place : place + 1])
-            given = one.order.given
-            if len(one.text.tokens) < len(given):
-                token = given[len(one.text.tokens)]
-            found.append((one, one.text.take(token, layer, one.order.settings.eos_token_ids)))
+            try:
+                token = likeliest[place] if one.choose is None else _drawn(one, one.choose, logits[place : place + 1])
+                given = one.order.given
+                if len(one.text.tokens) < len(given):
+                    token = given[len(one.text.tokens)]
+                found.append((one, one.text.take(token, layer, one.order.settings.eos_token_ids)))
+            except Exception as error:  # noqa: BLE001 - of this text alone: its neighbours go on
+                found.append((one, error))
         return found
 
 

@@ -110,7 +110,8 @@ class Front:
         timeout = self.door.limits.timeout
         with self.door.room(count):
             try:
-                return await asyncio.wait_for(work(), timeout)
+                async with asyncio.timeout(timeout):
+                    return await work()
             except TimeoutError:
                 raise Refusal(504, "timeout", f"no answer within {timeout:g} seconds") from None
             except (ConfigError, DataError) as error:

@@ -21,6 +21,7 @@ from rl_exit.serving.schema import Health, Limits, Problem
 
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'"
 WORDS = {404: "not_found", 405: "wrong_method"}
+GONE = 499  # the client went away
 
 
 class Refusal(Exception):
@@ -130,6 +131,7 @@ def problems(**more: str) -> dict[int | str, dict[str, Any]]:
     """What the schema says of refusals; ``more`` by status in words of this server, e.g. ``s422="..."``."""
     said = {
         "s400": "Not JSON, or not UTF-8.",
+        "s408": "The body did not come in time.",
         "s413": "Longer or more than accepted.",
         "s415": "Not application/json.",
         "s503": "Too many texts are waiting, or the server ends.",
@@ -237,8 +239,10 @@ class _Gate:
             except Refusal as refusal:
                 await _problem(refusal.status, refusal.problem)(scope, receive, watched)
                 return
-            if body is not None:
-                await self._app(scope, _replay(body, receive), watched)
+            if body is None:
+                status = GONE  # seen by the metrics alone
+                return
+            await self._app(scope, _replay(body, receive), watched)
         finally:
             door.open_requests -= 1
             path = scope["path"] if scope["path"] in door.paths else "other"
@@ -260,6 +264,15 @@ class _Gate:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > most:
             raise too_large
+        try:
+            async with asyncio.timeout(door.limits.timeout):
+                return await self._read(receive, most, too_large)
+        except TimeoutError:
+            message = f"the body was not there within {door.limits.timeout:g} seconds"
+            raise Refusal(408, "slow_body", message) from None
+
+    @staticmethod
+    async def _read(receive: Receive, most: int, too_large: Refusal) -> bytes | None:
         body = bytearray()
         while True:
             message = await receive()

@@ -23,10 +23,10 @@ from rl_exit.generation.engine import Engine
 from rl_exit.generation.loop import Event
 from rl_exit.generation.sampling import settings_of
 from rl_exit.models.pretrained import position_limit
-from rl_exit.serving.decoding import ContinuousBatch, Order, Writing
+from rl_exit.serving.decoding import ContinuousBatch, Order, Told, Writing
 from rl_exit.serving.schema import FULL_DEPTH, Wish, WriteRequest, unknown_point
 
-Tell = Callable[[Event | Exception], None]
+Tell = Callable[[Told], None]
 
 
 @dataclass(eq=False)
@@ -129,12 +129,12 @@ class WritingEngine:
                 self._drop(writing)
                 ticket.tell(error)
             return
-        for writing, event in found:
+        for writing, told in found:
             ticket = self._inside[writing]
-            if event.finish is not None:
+            if isinstance(told, Exception) or told.finish is not None:
                 del self._inside[writing]
             if not ticket.cancelled:
-                ticket.tell(event)
+                ticket.tell(told)
 
     def _drop(self, writing: Writing) -> None:
         del self._inside[writing]
@@ -168,7 +168,7 @@ class WritingService:
         """
         orders = self.orders(request)
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        told: asyncio.Queue[Told] = asyncio.Queue()
         tickets = self.engine.submit(orders, lambda said: _hand_over(loop, told, said))
         skip = [len(order.given) for order in orders]
         open_texts = len(orders)
@@ -283,7 +283,7 @@ def _plain(event: Event) -> dict[str, Any]:
     }
 
 
-def _hand_over(loop: asyncio.AbstractEventLoop, told: asyncio.Queue[Any], said: Event | Exception) -> None:
+def _hand_over(loop: asyncio.AbstractEventLoop, told: asyncio.Queue[Told], said: Told) -> None:
     """From the engine's thread to whoever waits; nobody does where the loop has ended."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(told.put_nowait, said)

@@ -18,7 +18,7 @@ from rl_exit import __version__
 from rl_exit.errors import ConfigError, DataError
 from rl_exit.serving.metrics import WritingMetrics
 from rl_exit.serving.schema import Limits, Problem, WriteRequest, unknown_point
-from rl_exit.serving.web import Door, Refusal, add_common, plain_schema, problems
+from rl_exit.serving.web import GONE, Door, Refusal, add_common, plain_schema, problems
 from rl_exit.serving.writing_schema import ManyWritten, Prompts, WriterAnswer, WriterInfo, Written, WrittenToken
 
 PAGE = {
@@ -255,12 +255,14 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # seen by the metrics alone
+    return Response(status_code=GONE)  # seen by the metrics alone
 
 
 async def _in_time(work: Awaitable[Found], left: float, timeout: float) -> Found:
     try:
-        return await asyncio.wait_for(work, max(left, 0.001))
+        # Not wait_for: in Python 3.11 it swallows the cancellation that comes together with a result.
+        async with asyncio.timeout(max(left, 0.001)):
+            return await work
     except TimeoutError:
         raise Refusal(504, "timeout", f"not written within {timeout:g} seconds") from None
     except (ConfigError, DataError) as error:

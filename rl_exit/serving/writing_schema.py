@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
+from rl_exit.generation.sampling import LEAST_TEMPERATURE
 from rl_exit.serving.schema import Point, Text, Threshold, Wish
 
 DRAWING = ("temperature", "top_k", "top_p", "seed")
@@ -37,7 +38,9 @@ class WriterInfo:
 
 Stop = Annotated[str, Strict(), Field(min_length=1, max_length=LONGEST_STOP)]
 Tokens = Annotated[int, Strict(), Field(ge=1, description="Tokens to write at most.")]
-Temperature = Annotated[float, Strict(), Field(gt=0, le=100, allow_inf_nan=False, description="Below 1 sharpens.")]
+Temperature = Annotated[
+    float, Strict(), Field(ge=LEAST_TEMPERATURE, le=100, allow_inf_nan=False, description="Below 1 sharpens.")
+]
 TopK = Annotated[int, Strict(), Field(ge=0, le=10**9, description="Draw from the k likeliest; 0: from all.")]
 TopP = Annotated[
     float, Strict(), Field(gt=0, le=1, allow_inf_nan=False, description="Draw from the fewest of this probability.")

@@ -7,14 +7,14 @@ import json
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from headless_browser import browsing, found
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 from server_process import Server, free_port
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,6 +24,7 @@ from rl_exit import EarlyExitModel
 from rl_exit.cli import app
 from rl_exit.cluster import replicas
 from rl_exit.cluster.replicas import Asking, Writers
+from rl_exit.errors import DataError
 from rl_exit.models.causal import EarlyExitCausalModel
 from rl_exit.serving.schema import WriteRequest
 from rl_exit.serving.web import Refusal
@@ -101,6 +102,47 @@ def test_a_stream_goes_on_at_another_replica_where_it_was(monkeypatch: pytest.Mo
         asyncio.run(_all(Writers(Asking(Breaking([0] * 99))), request))
 
 
+class Waiting:
+    """A deployment handle whose replica never answers, or raises what a task raised."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.cancelled = error, 0
+
+    @property
+    def whole(self) -> Waiting:
+        return self
+
+    def remote(self, *words: Any) -> Waiting:
+        return self
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+    def __await__(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return asyncio.sleep(60).__await__()
+
+
+def test_an_answer_that_nobody_waits_for_is_cancelled_at_the_replica() -> None:
+    async def late(handle: Waiting) -> None:
+        async with asyncio.timeout(0.01):
+            await Asking(handle).ask("whole")
+
+    handle = Waiting()
+    with pytest.raises(TimeoutError):
+        asyncio.run(late(handle))
+    assert handle.cancelled == 1
+
+
+def test_what_a_replica_raises_for_the_user_comes_in_its_words() -> None:
+    for cause, kind in ((DataError("too long"), DataError), (KeyError("x"), RayTaskError)):
+        raised = RayTaskError("ServeReplica.whole()", "Traceback ...", cause).as_instanceof_cause()
+        with pytest.raises(kind) as found:
+            asyncio.run(Asking(Waiting(raised)).ask("whole"))
+        assert (str(found.value) == "too long") is (kind is DataError)
+
+
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> EarlyExitCausalModel:
     """A tiny decoder with positions for a text that lasts long enough to be cut, and exits that are used."""
@@ -153,9 +195,9 @@ def server(decoder: EarlyExitCausalModel, tmp_path_factory: pytest.TempPathFacto
 class Stream:
     """A request whose events are read as they come."""
 
-    def __init__(self, port: int, body: Any) -> None:
+    def __init__(self, port: int, body: Any, stream: bool = True) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=100)
-        sent = json.dumps({**body, "stream": True}).encode()
+        sent = json.dumps({**body, "stream": stream}).encode()
         head = f"POST /v1/generate HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}\r\n\r\n"
         self.socket.sendall(head.encode() + sent)
         self.lines = self.socket.makefile("r", encoding="utf-8")
@@ -172,6 +214,13 @@ class Stream:
     def close(self) -> None:
         self.lines.close()
         self.socket.close()
+
+
+def _until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def _gauge(server: Server, name: str) -> float:
@@ -192,7 +241,8 @@ def test_texts_and_streams_are_those_of_generate(server: Server, decoder: EarlyE
     assert kind == "end" and end["generations"][0]["text"] == expected[0].text
     assert [data["token"] for _, data in events] == expected[0].tokens
     assert server.post("/v1/generate", {"prompt": 3})[0] == 422
-    assert server.post("/v1/generate", {"prompt": "w5 " * 1100, "max_new_tokens": 3})[1]["error"] == "refused"
+    refused = server.post("/v1/generate", {"prompt": "w5 " * 1100, "max_new_tokens": 3})[1]
+    assert refused["error"] == "refused" and refused["message"].startswith("a prompt of 1100 tokens")
     assert json.loads(server.get("/healthz")) == {"status": "ok"}
     assert _gauge(server, "tokens_total") == 60
 
@@ -218,17 +268,17 @@ def test_the_page_in_a_real_browser(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_a_client_that_leaves_frees_its_row(server: Server) -> None:
-    left = Stream(server.port, LONG)
-    events = iter(left)
-    assert [next(events)[0] for _ in range(5)] == ["message"] * 5
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_frees_its_row(streamed: bool, server: Server) -> None:
+    left, before = Stream(server.port, LONG, streamed), _gauge(server, "replica_tokens")
+    if streamed:
+        events = iter(left)
+        assert [next(events)[0] for _ in range(5)] == ["message"] * 5
+    else:
+        _until(lambda: _gauge(server, "replica_writing") == 1)
     left.close()
-    until = time.monotonic() + 30
-    while _gauge(server, "texts_inside") and time.monotonic() < until:
-        time.sleep(0.1)
-    assert _gauge(server, "texts_inside") == 0 and _gauge(server, "tokens_total") < 600
-    server.post("/v1/generate", {"prompt": "w5", "max_new_tokens": 2})
-    assert _gauge(server, "replica_writing") == 0
+    _until(lambda: _gauge(server, "texts_inside") == 0 and _gauge(server, "replica_writing") == 0)
+    assert _gauge(server, "replica_tokens") < before + 600
 
 
 @pytest.mark.ray

@@ -159,11 +159,24 @@ def test_a_text_ends_where_positions_do(model):
     assert model.generate(ids, max_new_tokens=50, eos_token_id=None).shape[1] == 128
     with pytest.raises(DataError, match="positions for 128"):
         model.generate(torch.full((1, 128), 5))
+    # A long neighbour does not shorten a text.
+    long, short = torch.full((1, 125), 5), torch.tensor([[7, 9]])
+    both = torch.zeros((2, 125), dtype=torch.int64)
+    both[0], both[1, -2:] = long[0], short[0]
+    mask = (both > 0).long()
+    for words in ({}, {"lossless": True}):
+        words = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0, "threshold": 0.4, **words}
+        found = model.generate(both, attention_mask=mask, **words)[:, 125:]
+        assert found[1].tolist() == model.generate(short, **words)[0, 2:].tolist()
+        assert found.shape[1] > 3
+        assert found[0].tolist() == model.generate(long, **words)[0, 125:].tolist() + [0] * (found.shape[1] - 3)
 
 
 def test_what_cannot_be_generated_from_is_refused(model):
     with pytest.raises(DataError, match="a row without a single token"):
         model.generate(torch.ones(2, 3, dtype=torch.int64), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    with pytest.raises(DataError, match="input_ids: a row without a single token"):
+        model.generate(torch.tensor([[0, 0], [5, 6]]), pad_token_id=0)
     with pytest.raises(DataError, match="must both have shape"):
         model.generate(torch.ones(2, 3, dtype=torch.int64), attention_mask=torch.ones(2, 2))
     with pytest.raises(DataError, match=r"prompts\[1\]"):

@@ -29,6 +29,7 @@ def test_the_defaults_are_those_of_transformers():
     assert settled(max_length=12).max_new_tokens == 7
     assert settled({"max_length": 30}).max_new_tokens == 25
     assert settled({"max_length": 30}, max_new_tokens=3).max_new_tokens == 3
+    assert settled({"max_length": 4}, max_new_tokens=3).max_new_tokens == 3  # what does not hold is not judged
 
 
 def test_what_is_not_offered_is_refused_and_what_changes_nothing_is_not():
@@ -51,6 +52,7 @@ def test_what_is_not_offered_is_refused_and_what_changes_nothing_is_not():
         {"max_new_tokens": 0},
         {"max_new_tokens": 2.5},
         {"temperature": 0.0},
+        {"temperature": 1e-39},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
         {"top_p": 0.0},
@@ -69,6 +71,16 @@ def test_what_is_not_offered_is_refused_and_what_changes_nothing_is_not():
 def test_values_out_of_range_are_refused(words):
     with pytest.raises(ConfigError):
         settled(**words)
+
+
+def test_whole_numbers_are_numbers():
+    logits = torch.randn(1, 11, generator=torch.Generator().manual_seed(0))
+    whole, other = (
+        Chooser(Settings(do_sample=True, seed=1, temperature=t, repetition_penalty=p, top_p=1), logits.device)
+        for t, p in ((2, 3), (2.0, 3.0))
+    )
+    read = torch.tensor([[4, 5]])
+    assert whole(read, logits) == other(read, logits)
 
 
 def test_the_draw_of_a_row_does_not_depend_on_rows_that_have_ended():

@@ -174,6 +174,27 @@ def test_a_long_prompt_does_not_hold_up_others(model: EarlyExitCausalModel) -> N
     assert numbers == [[0], [0], [0], [0], [1, 0]], "a piece of the prompt in each turn, and a token of the other text"
 
 
+def test_what_fails_in_one_text_ends_that_one_alone(model: EarlyExitCausalModel) -> None:
+    batch = ContinuousBatch(model, 3, CAPACITY)
+    orders = [Order(number, [5 + number], Settings(max_new_tokens=4, do_sample=True, seed=1), None) for number in (0, 1)]
+    fine, broken = (batch.add(order) for order in orders)
+    waiting = [batch.add(replace(orders[0], number=number)) for number in (2, 3)]
+
+    def fails(*_: Any) -> torch.Tensor:
+        raise ValueError("not drawn")
+
+    assert broken.choose is not None
+    found: list[tuple[Writing, Any]] = []
+    while len(batch):
+        found += batch.turn()
+        broken.choose.chain = fails  # type: ignore[assignment]
+    told = {one: [event for writing, event in found if writing is one] for one in (fine, broken, *waiting)}
+    assert isinstance(told[broken].pop(), ValueError) and len(told[broken]) == 1
+    assert [len(told[one]) for one in (fine, *waiting)] == [4, 4, 4]
+    assert [event.token for event in told[fine]] == alone(model, orders[0])[0]
+    assert batch.counts.tokens == 13
+
+
 def test_what_does_not_fit_is_refused(model: EarlyExitCausalModel) -> None:
     batch = ContinuousBatch(model, 1, 8)
     with pytest.raises(ValueError, match="do not fit"):

@@ -239,6 +239,33 @@ def test_ending_answers_what_is_open_and_takes_no_more(front: Front) -> None:
     assert asyncio.run(scenario()) == (200, 0, 503)
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_body_that_does_not_end_is_given_up(front: Front, leaves: bool) -> None:
+    front.door.limits = Limits(timeout=0.05)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"100")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": headers, "query_string": b""}
+    messages: list[Any] = []
+    parts = [{"type": "http.request", "body": b'{"text"', "more_body": True}]
+
+    async def receive() -> dict[str, Any]:
+        if parts:
+            return parts.pop()
+        await asyncio.sleep(0 if leaves else 60)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    asyncio.run(build_app(front)(scope, receive, send))
+    assert front.door.open_requests == 0
+    counted = 'rl_exit_requests_total{path="/v1/predict",status="%d"} 1.0'
+    if leaves:
+        assert messages == [] and counted % 499 in front.metrics.text().decode()
+    else:
+        assert messages[0]["status"] == 408 and json.loads(messages[1]["body"])["error"] == "slow_body"
+        assert counted % 408 in front.metrics.text().decode()
+
+
 def test_plain_batching_gives_the_same_answers(service: ModelService) -> None:
     from rl_exit.serving.schema import Wish
 

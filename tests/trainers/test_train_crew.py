@@ -34,7 +34,9 @@ def count_to(payload: dict[str, Any], report: OnUpdate, rank: int, world: int) -
         if number == payload.get("always_die_at"):
             os.kill(os.getpid(), signal.SIGKILL)
         if number % 5 == 0:
-            place.write_text(str(number))
+            beside = folder / f"beside-{rank}"  # a worker may die at any time
+            beside.write_text(str(number))
+            beside.replace(place)
         time.sleep(0.01)
 
 
@@ -79,6 +81,47 @@ def test_trainings_follow_each_other_and_a_killed_worker_goes_on_from_its_place(
     # Rank 0 is killed after 23 of which 20 are kept: 21 to 23 are done again and not told again.
     assert do(crew, tmp_path / "c", die_at=23) == list(range(1, 41))
     assert len(set(pids(tmp_path / "c", 0))) == 2
+
+
+def test_a_lost_controller_gives_the_place_of_its_workers_back(crew: TrainCrew, tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    killed: list[int] = []
+
+    def kill_controller(done: int, *_: Any) -> None:
+        if done >= 10 and not killed:
+            killed.append(controller())
+            os.kill(killed[0], signal.SIGKILL)
+
+    # The session has as many CPUs as there are workers, and no dashboard: what Ray Train itself would clean up stays.
+    crew.do({"folder": str(folder), "total": 400}, kill_controller)
+    assert len(pids(folder, 0)) == 2 and (folder / "place-0").read_text() == "400"
+    assert controller() != killed[0]
+
+
+def controller() -> int:
+    """Process of Ray Train's controller below a raylet of this process."""
+
+    def stat(pid: str) -> list[str]:
+        try:
+            return (Path("/proc") / pid / "stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            return ["", "0"]
+
+    found = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and stat(stat(entry.name)[1])[1] == str(os.getpid()) and "Controller" in title(entry)
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def title(entry: Path) -> str:
+    try:
+        return (entry / "cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def test_workers_that_die_at_the_same_place_again_and_again_end_it_in_words(
