@@ -176,7 +176,9 @@ def test_a_long_prompt_does_not_hold_up_others(model: EarlyExitCausalModel) -> N
 
 def test_what_fails_in_one_text_ends_that_one_alone(model: EarlyExitCausalModel) -> None:
     batch = ContinuousBatch(model, 3, CAPACITY)
-    orders = [Order(number, [5 + number], Settings(max_new_tokens=4, do_sample=True, seed=1), None) for number in (0, 1)]
+    orders = [
+        Order(number, [5 + number], Settings(max_new_tokens=4, do_sample=True, seed=1), None) for number in (0, 1)
+    ]
     fine, broken = (batch.add(order) for order in orders)
     waiting = [batch.add(replace(orders[0], number=number)) for number in (2, 3)]
 
