@@ -12,7 +12,7 @@ help:
 	@echo "make test    all tests; test-fast: without Ray; test-ray: those on a local Ray cluster"
 	@echo "make check   ruff and mypy;  make format;  make wheel;  make clean"
 
-# torch is installed first and pinned: an open range would pull in the CUDA packages.
+# torch is pinned: an open range would take the newest. Which build comes (with CUDA: gigabytes) is up to pip's own settings.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned set into $(VENV) (one to two minutes)"

@@ -91,7 +91,8 @@ class ModelConfig(Section):
 
     backbone: str = Field("minilm", description="'minilm' (PyPI package), a hub id, or a folder")
     pooling: Literal["cls", "mean", "last"] | None = Field(
-        None, description="pooled state of a layer; default: mean for minilm, last for decoders, cls otherwise"
+        None,
+        description="pooled state of a layer; default: what a sentence-transformers model names (minilm: mean), else last for decoders, cls for encoders",
     )
     max_length: Annotated[int, Field(ge=4)] = Field(
         128, description="tokens per instance, longer are cut; usual 64-512"
@@ -395,7 +396,10 @@ class RunConfig(Section):
     tracking: Literal["none", "mlflow", "wandb"] = Field(
         "none", description="where metrics go besides TensorBoard and the run directory"
     )
-    keep_rounds: Literal["last", "all"] = Field("last", description="whose state stores stay on disk afterwards")
+    keep_rounds: Literal["last", "all"] = Field(
+        "last",
+        description="whose state stores stay on disk afterwards: last, the best round's alone; all, every round's",
+    )
     task: TaskConfig = Field(default_factory=TaskConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     init: InitConfig = Field(default_factory=InitConfig)
@@ -426,10 +430,8 @@ class RunConfig(Section):
             raise ValueError("policy.epsilon_final must not exceed policy.epsilon")
         if self.reward.name == "agreement" and not _is_generation(self.task.model_dump()):
             raise ValueError("reward.name = 'agreement' is for generation; accepted: correctness, hardness, vanilla")
-        if self.policy.answer == "pooled" and _is_generation(self.task.model_dump()):
-            raise ValueError(
-                "policy.answer = 'pooled' is for classification; a token is written by the exit it leaves at"
-            )
+        if self.policy.answer == "own" and _is_generation(self.task.model_dump()):
+            raise ValueError("policy.answer = 'own' is for classification; a token is written by the exit it leaves at")
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
             raise ValueError("name: a plain folder name is accepted, without '/'; the folder above it is output_dir")
         if any(unicodedata.category(letter) == "Cc" for letter in self.run_name + self.output_dir):

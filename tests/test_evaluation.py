@@ -35,7 +35,7 @@ def random_split(seed: int, count: int, layers: int, classes: int) -> dict[str, 
 
 
 def slow_exits(pi: np.ndarray, threshold: float) -> list[int]:
-    """One instance, one layer at a time: the rule of method.md, 7, on pi and threshold in float32 like the engine."""
+    """One instance, one layer at a time: the rule of inference, on pi and threshold in float32 like the engine."""
     out = []
     for row in np.asarray(pi, dtype=np.float32):
         layer = len(row) + 1

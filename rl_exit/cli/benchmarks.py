@@ -29,7 +29,7 @@ def bench_sampling(
         print_table(bench_table(results))
 
 
-@bench_app.command("learning", epilog="Example: `rl-exit bench learning runs/docstrings/rounds/1/store-train --quick`")
+@bench_app.command("learning", epilog="Example: `rl-exit bench learning runs/docstrings/rounds/2/store-train --quick`")
 @told
 def bench_learning(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A state store, e.g. runs/NAME/rounds/1/store-train.")],

@@ -121,7 +121,7 @@ def jobs_list(
         print_table(jobs_table(found))
 
 
-@jobs_app.command("status", epilog="Example: `rl-exit jobs status docstrings-20261125-2130-1a2b`")
+@jobs_app.command("status", epilog="Example: `rl-exit jobs status docstrings-20261125-213626-2139`")
 @told
 def jobs_status(job: JobName, address: Address = None, as_json: Json = False) -> None:
     """State of a job."""
@@ -135,7 +135,7 @@ def jobs_status(job: JobName, address: Address = None, as_json: Json = False) ->
     _show(found)
 
 
-@jobs_app.command("logs", epilog="Example: `rl-exit jobs logs -f docstrings-20261125-2130-1a2b`")
+@jobs_app.command("logs", epilog="Example: `rl-exit jobs logs -f docstrings-20261125-213626-2139`")
 @told
 def jobs_logs(
     job: JobName,
@@ -153,7 +153,7 @@ def jobs_logs(
         sys.stdout.write(plain(Jobs(target).logs(job)))
 
 
-@jobs_app.command("stop", epilog="Example: `rl-exit jobs stop docstrings-20261125-2130-1a2b`")
+@jobs_app.command("stop", epilog="Example: `rl-exit jobs stop docstrings-20261125-213626-2139`")
 @told
 def jobs_stop(job: JobName, address: Address = None, as_json: Json = False) -> None:
     """Stop a job; submitting the same run again goes on where it was."""

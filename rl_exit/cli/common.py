@@ -46,7 +46,9 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             fail(message)
         except KeyboardInterrupt:
-            typer.echo("interrupted; the same command with --resume goes on from here", err=True)
+            resumable = command.__name__ == "train"
+            further = "; the same command with --resume goes on from here" if resumable else ""
+            typer.echo(f"interrupted{further}", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
     return guarded

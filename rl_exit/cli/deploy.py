@@ -40,7 +40,10 @@ def profile(
         print_table(costs_table(costs))
 
 
-@app.command(epilog="Example: `rl-exit calibrate runs/docstrings --speedup 2` · then `rl-exit predict --point fast`")
+@app.command(
+    epilog="Example: `rl-exit calibrate runs/docstrings --speedup 2` · then "
+    "`rl-exit predict runs/docstrings --text 'Return a copy.' --point fast`"
+)
 @told
 def calibrate(
     model: Target,
@@ -104,7 +107,10 @@ def prune(
     typer.echo(f"{out}: {depth} layers, {after / 1e6:.1f} of {before / 1e6:.1f} million weights")
 
 
-@app.command(epilog="Example: `rl-exit dial runs/docstrings` · then `rl-exit predict runs/docstrings --speed 0.5`")
+@app.command(
+    epilog="Example: `rl-exit dial runs/docstrings` · then "
+    "`rl-exit predict runs/docstrings --text 'Return a copy.' --speed 0.5`"
+)
 @told
 def dial(
     model: Target,

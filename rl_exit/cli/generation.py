@@ -13,7 +13,7 @@ from rl_exit.cli.common import Json, Params, Rule, print_json, read_lines, told
 from rl_exit.errors import UserError
 
 
-@app.command(epilog='Example: `rl-exit generate runs/generation/model --prompt "Once upon a time"`')
+@app.command(epilog='Example: `rl-exit generate runs/documentation/model --prompt "Once upon a time"`')
 @told
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A decoder's folder, a run directory or a hub id.")],

@@ -95,7 +95,7 @@ def compare(
     typer.echo(f"page: {where.page}\njson: {where.json}")
 
 
-@app.command(epilog="Example: `rl-exit sweep configs/stackoverflow.yaml --over alpha=0.1,0.3 --seeds 3`")
+@app.command(epilog="Example: `rl-exit sweep configs/stackoverflow.yaml --over alpha=0.003,0.01 --seeds 3`")
 @told
 def sweep(
     words: Words = None,

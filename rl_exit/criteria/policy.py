@@ -14,7 +14,7 @@ from rl_exit.evaluation import log_odds, threshold_at
 
 @dataclass(frozen=True)
 class ConsistentEE(Scored):
-    """Leave at the first layer with ``pi > threshold`` (method.md, section 7).
+    """Leave at the first layer with ``pi > threshold`` (docs/method.md: inference).
 
     Attributes:
         threshold: In [0, 1]; the paper's is 0.5; higher leaves later, 1 never leaves early.

@@ -1,7 +1,7 @@
 """A checker of the domain: what Gymnasium's own env checker cannot know of an early-exit episode.
 
-Expected rewards and memorized layers are worked out here in plain Python from the definition (method.md, 2 and 3), not
-with the code the environment uses.
+Expected rewards and memorized layers are worked out here in plain Python from the definition (docs/method.md: reward,
+memorized layer), not with the code the environment uses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One instance as one episode over the model's layers: the specification of the MDP (method.md, 3).
+"""One instance as one episode over the model's layers: the specification of the MDP (docs/method.md: episode).
 
 The state at layer l is the pooled hidden state h[i, l]. Continue gives reward 0 and the state of layer l+1; Exit ends
 the episode with the reward of leaving at l. At layer L exit is forced: Continue at L-1 runs layer L and ends the

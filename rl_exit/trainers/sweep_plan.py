@@ -162,7 +162,7 @@ def parse_over(words: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         name, equals, text = word.partition("=")
         key = SHORT_KEYS.get(name, name)
         if not equals or not text.strip():
-            raise ConfigError(f"--over {word}: the form is key=value,value,..., e.g. --over alpha=0.05,0.1")
+            raise ConfigError(f"--over {word}: the form is key=value,value,..., e.g. --over alpha=0.003,0.01")
         if key in OWN_KEYS:
             raise ConfigError(
                 f"--over {word}: '{key}' cannot be swept over; every trial has a run directory of its own"
