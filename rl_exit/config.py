@@ -92,7 +92,8 @@ class ModelConfig(Section):
     backbone: str = Field("minilm", description="'minilm' (PyPI package), a hub id, or a folder")
     pooling: Literal["cls", "mean", "last"] | None = Field(
         None,
-        description="pooled state of a layer; default: what a sentence-transformers model names (minilm: mean), else last for decoders, cls for encoders",
+        description="pooled state of a layer; default: what a sentence-transformers model names (minilm: mean), else "
+        "last for decoders, cls for encoders",
     )
     max_length: Annotated[int, Field(ge=4)] = Field(
         128, description="tokens per instance, longer are cut; usual 64-512"
