@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from rl_exit.models.policy import PolicyHeads
 from rl_exit.progress import Silent
 from rl_exit.seeding import derive_seed
 from rl_exit.trainers.policy_phase import train_policy
-from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
+from rl_exit.trainers.policy_store import answer_ids, fit_answers, policy_store
 from rl_exit.trainers.run_directory import RunDirectory, versions
 from rl_exit.trainers.steps import policy_settings
 from rl_exit.trainers.store_evaluation import answers_of, exit_logits_of
@@ -57,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reward vanilla": {"reward": "vanilla", "alpha": 0.1},
     "learns on fitted instances": {"fitted": True},
     "exact gradient": {"algorithm": "exact"},
+    "answers fitted to kept instances": {"answer_on": "held"},
     "sampled gradient": {"algorithm": "pg"},
     "no entropy bonus": {"entropy": 0.0},
     "alpha 0.003": {"alpha": 0.003},
@@ -162,18 +164,21 @@ def _measure(run: RunDirectory, variants: dict[str, dict[str, Any]]) -> dict[str
         reference = full_depth(split, weights, task["metric"])
 
         kept = StateStore.open(first / "store-train")
-        # Store -> what the policy learns from there, and what it answers on the measured split.
-        own = {}
-        for source, ids in ((kept, held_ids(run.path)), (fitted, None)):
-            found_heads = fit_answers(source, derive_seed(run.config.seed, "answers", 1), ids)
-            own[source.path] = found_heads.answers, answers_of(measured, found_heads.heads)
+
+        @cache
+        def own(source: Path, answer_on: str) -> tuple[Any, Any]:
+            """What the policy learns from in a store, and what it answers on the measured split."""
+            config = run.config.policy.model_copy(update={"answer_on": answer_on})
+            ids = answer_ids(run.path, config) if source == kept.path else None
+            found = fit_answers(StateStore.open(source), derive_seed(run.config.seed, "answers", 1), ids)
+            return found.answers, answers_of(measured, found.heads)
 
         def figures(scores: Any, answers: Any) -> MethodFigures:
             told = None if answers is None else answers.argmax(-1)
             return measure_method(Scores(scores, answers=told), split, weights, reference, task["metric"])
 
         found = {}
-        for baseline, answers in zip(BASELINES, (None, own[kept.path][1]), strict=True):
+        for baseline, answers in zip(BASELINES, (None, own(kept.path, run.config.policy.answer_on)[1]), strict=True):
             stored = StoredSplit.from_logits(measured.labels, logits if answers is None else answers)
             scores = scores_from_store(criterion("max_probability", threshold=0.5), stored)
             found[baseline] = figures(scores, answers)
@@ -182,7 +187,8 @@ def _measure(run: RunDirectory, variants: dict[str, dict[str, Any]]) -> dict[str
             inputs = settings.pop("inputs", run.config.policy.inputs)
             source = (fitted if settings.pop("fitted", False) else kept).path
             answer = settings.pop("answer", run.config.policy.answer)
-            learnt, told = own[source] if answer == "own" else (None, None)
+            answer_on = settings.pop("answer_on", run.config.policy.answer_on)
+            learnt, told = own(source, answer_on) if answer == "own" else (None, None)
             phase = replace(policy_settings(run.config, derive_seed(run.config.seed, "policy", 1)), **settings)
             heads = PolicyHeads(model.num_layers, input_size(inputs, measured.hidden_size), phase.width, phase.shared)
             with policy_store(source, inputs, learnt) as store:

@@ -221,6 +221,11 @@ class PolicyConfig(Section):
     instances: Literal["held", "all"] = Field(
         "held", description="what the policy learns on where some are held out: those alone, or the whole training set"
     )
+    answer_on: Literal["held", "all"] = Field(
+        "held",
+        description="what own answers are fitted to: instances held out from the exits, or, with policy.instances=all, "
+        "the whole training set; all is better where few are held out and they are like the others",
+    )
     shared: bool = Field(
         True, description="one set of weights for the policy at all layers, with biases of their own; paper: false"
     )
@@ -431,6 +436,8 @@ class RunConfig(Section):
             raise ValueError("policy.epsilon_final must not exceed policy.epsilon")
         if self.reward.name == "agreement" and not _is_generation(self.task.model_dump()):
             raise ValueError("reward.name = 'agreement' is for generation; accepted: correctness, hardness, vanilla")
+        if self.policy.answer_on == "all" and self.policy.holdout and self.policy.instances != "all":
+            raise ValueError("policy.answer_on = 'all' needs policy.instances = 'all'")
         if self.policy.answer == "own" and _is_generation(self.task.model_dump()):
             raise ValueError("policy.answer = 'own' is for classification; a token is written by the exit it leaves at")
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):

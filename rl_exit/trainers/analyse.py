@@ -34,7 +34,7 @@ from rl_exit.seeding import derive_seed
 from rl_exit.trainers.analyse_hardness import hardness
 from rl_exit.trainers.kept_logits import kept_logits
 from rl_exit.trainers.policy_phase import train_policy
-from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
+from rl_exit.trainers.policy_store import answer_ids, fit_answers, policy_store
 from rl_exit.trainers.run_directory import RunDirectory, refuse_generation, versions
 from rl_exit.trainers.steps import policy_settings
 from rl_exit.trainers.store_evaluation import answers_of, evaluate_store, exit_logits_of
@@ -158,7 +158,7 @@ def _rewards(
     # Of new heads on the same instances: the model's own know these.
     fitted = None
     if model.answer_heads is not None:
-        fitted = fit_answers(train, derive_seed(config.seed, "answers", "analysis"), held_ids(path))
+        fitted = fit_answers(train, derive_seed(config.seed, "answers", "analysis"), answer_ids(path, config.policy))
     own = None if fitted is None else answers_of(dev, fitted.heads)
     with (
         policy_store(train.path, inputs, None if fitted is None else fitted.answers) as store,

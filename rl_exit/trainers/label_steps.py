@@ -24,7 +24,7 @@ from rl_exit.progress import Display, Progress
 from rl_exit.seeding import derive_seed
 from rl_exit.trainers.finish import finish
 from rl_exit.trainers.policy_phase import PolicyProgress, train_policy
-from rl_exit.trainers.policy_store import fit_answers, held_ids, policy_store
+from rl_exit.trainers.policy_store import answer_ids, fit_answers, policy_store
 from rl_exit.trainers.run_clock import policy_in_words
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
 from rl_exit.trainers.steps import policy_settings, policy_source, save_split
@@ -120,7 +120,7 @@ class LabelSteps:
         answers = None
         if model.answer_heads is not None:
             seed = derive_seed(c.seed, "answers", number)
-            fitted = fit_answers(StateStore.open(kept), seed, held_ids(self.run.path))
+            fitted = fit_answers(StateStore.open(kept), seed, answer_ids(self.run.path, c.policy))
             model.answer_heads, answers = fitted.heads, fitted.answers
         with (
             policy_store(kept, c.policy.inputs, answers) as store,

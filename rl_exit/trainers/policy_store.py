@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rl_exit.config import PolicyConfig
 from rl_exit.data.instances import Instances
 from rl_exit.envs.state_store import StateStore, StateStoreWriter
 from rl_exit.measurement import losses_of
@@ -44,10 +45,10 @@ def stored_policy_input(
     return policy_input(inputs, states, figures)
 
 
-def held_ids(run: Path) -> npt.NDArray[np.int64] | None:
-    """Ids of the instances that a run has kept from its exits; None where it has kept none."""
+def answer_ids(run: Path, config: PolicyConfig) -> npt.NDArray[np.int64] | None:
+    """Ids of the instances that a run's own answers are fitted to; None: all that its policy learns on."""
     path = run / "data" / "held.arrow"
-    return Instances.open(path).ids if path.is_file() else None
+    return Instances.open(path).ids if config.answer_on == "held" and path.is_file() else None
 
 
 def fit_answers(store: StateStore, seed: int, ids: npt.NDArray[np.int64] | None = None) -> FittedAnswers:
@@ -56,7 +57,7 @@ def fit_answers(store: StateStore, seed: int, ids: npt.NDArray[np.int64] | None 
     Args:
         store: What the policy learns on, N instances.
         seed: Of the fit.
-        ids: Those of them that the exits were not fitted to, if not all (:func:`held_ids`): heads are fitted to these.
+        ids: Those of them that heads are fitted to, if not all (:func:`answer_ids`).
 
     Returns:
         Answers for all N: none from heads that were fitted to the instance.

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from rl_exit.config import PolicyConfig
+from rl_exit.data.instances import Instances
 from rl_exit.envs.state_store import StateStore, StateStoreWriter
 from rl_exit.errors import ModelError
 from rl_exit.evaluation import evaluate
@@ -16,7 +18,7 @@ from rl_exit.models.answer_heads import AnswerHeads, fit_answer_heads
 from rl_exit.models.answers import all_answer_figures
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.policy import PolicyHeads
-from rl_exit.trainers.policy_store import derive, fit_answers, policy_store
+from rl_exit.trainers.policy_store import answer_ids, derive, fit_answers, policy_store
 from rl_exit.trainers.store_evaluation import answers_of, evaluate_store, exit_logits_of
 
 LAYERS, CLASSES, HIDDEN, COUNT = 3, 2, 6, 800
@@ -153,6 +155,16 @@ def test_heads_are_fitted_to_the_instances_named_and_answer_for_all(store):
     told = alone.heads(torch.from_numpy(states[others]), torch.from_numpy(logits[others]))
     np.testing.assert_allclose(found.answers[others], told.numpy(), atol=1e-5)
     assert not np.allclose(found.answers, fit_answers(store, 4).answers)
+
+
+def test_a_run_says_which_instances_answers_are_fitted_to(tmp_path):
+    assert answer_ids(tmp_path, PolicyConfig()) is None, "none were kept"
+    (tmp_path / "data").mkdir()
+    ends = np.array([0, 2, 3])
+    kept = Instances(np.array([3, 7]), np.array([0, 1]), np.array([5, 6, 7], dtype=np.int32), ends, None, 0)
+    kept.save(tmp_path / "data" / "held.arrow")
+    assert answer_ids(tmp_path, PolicyConfig()).tolist() == [3, 7]
+    assert answer_ids(tmp_path, PolicyConfig(answer_on="all", instances="all")) is None
 
 
 def test_a_split_is_scored_by_the_policys_answers_and_held_against_the_exits(store):
