@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_exit.progress import Progress
+
 Answer = Literal["exit", "own"]
 ANSWERS: tuple[Answer, ...] = ("exit", "own")
 StatesOf = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.floating]]
@@ -33,6 +35,7 @@ LR = 2e-3
 WEIGHT_DECAY = 0.3
 DROPOUT = 0.2
 _BLOCK = 4096
+FITTING_PASSES = (FOLDS + 1) * EPOCHS
 
 
 class AnswerHeads(nn.Module):
@@ -120,6 +123,7 @@ def fit_answer_heads(
     seed: int,
     epochs: int = EPOCHS,
     width: int = WIDTH,
+    progress: Progress | None = None,
 ) -> FittedAnswers:
     """Fit heads on all instances, and, by cross-fitting, what they would answer were each instance new.
 
@@ -133,6 +137,7 @@ def fit_answer_heads(
         seed: Decides folds, order, dropout and initial weights.
         epochs: Passes in each fit.
         width: W.
+        progress: Told the passes done, of ``(FOLDS + 1) * epochs`` (:data:`FITTING_PASSES`).
 
     Returns:
         The heads; with fewer instances than folds, fresh ones.
@@ -143,7 +148,7 @@ def fit_answer_heads(
     fresh = AnswerHeads(layers, hidden_size, logits.shape[2], width)
     if count < 2 * FOLDS:
         return FittedAnswers(fresh, answers, (False,) * (layers - 1))
-    work = _Fit(states, torch.tensor(answers), torch.tensor(labels), hidden_size, width, epochs)
+    work = _Fit(states, torch.tensor(answers), torch.tensor(labels), hidden_size, width, epochs, progress)
     order = np.random.default_rng(seed).permutation(count)
     for fold in range(FOLDS):
         out = np.sort(order[fold::FOLDS])
@@ -162,8 +167,16 @@ class _Fit:
     """Fits on parts of the same instances."""
 
     def __init__(
-        self, states: StatesOf, logits: Tensor, labels: Tensor, hidden_size: int, width: int, epochs: int
+        self,
+        states: StatesOf,
+        logits: Tensor,
+        labels: Tensor,
+        hidden_size: int,
+        width: int,
+        epochs: int,
+        progress: Progress | None,
     ) -> None:
+        self.progress, self.passes = progress, 0
         self.states = states
         self.logits = logits
         self.labels = labels.long()
@@ -212,6 +225,9 @@ class _Fit:
                 loss.backward()
                 optimizer.step()
                 done += 1
+            self.passes += 1
+            if self.progress is not None:
+                self.progress.update(self.passes)
         heads = AnswerHeads(layers, self.hidden_size, classes, self.width)
         # The standardisation goes into the first weights.
         with torch.no_grad():

@@ -18,6 +18,7 @@ from rl_exit.data.tasks import load_task, tokenise
 from rl_exit.envs.state_store import StateStore
 from rl_exit.evaluation import SplitResult, check_metric, choose_threshold
 from rl_exit.files import read_json, write_json
+from rl_exit.models.answer_heads import FITTING_PASSES
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.profiling import FEWEST, profile
 from rl_exit.progress import Display, Progress
@@ -120,7 +121,9 @@ class LabelSteps:
         answers = None
         if model.answer_heads is not None:
             seed = derive_seed(c.seed, "answers", number)
-            fitted = fit_answers(StateStore.open(kept), seed, answer_ids(self.run.path, c.policy))
+            ids = answer_ids(self.run.path, c.policy)
+            with self.display.step(f"round {number}: own answers", FITTING_PASSES) as fitting:
+                fitted = fit_answers(StateStore.open(kept), seed, ids, fitting)
             model.answer_heads, answers = fitted.heads, fitted.answers
         with (
             policy_store(kept, c.policy.inputs, answers) as store,

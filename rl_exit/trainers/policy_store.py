@@ -22,6 +22,7 @@ from rl_exit.envs.state_store import StateStore, StateStoreWriter
 from rl_exit.measurement import losses_of
 from rl_exit.models.answer_heads import FittedAnswers, fit_answer_heads
 from rl_exit.models.answers import Inputs, all_answer_figures, input_size, policy_input
+from rl_exit.progress import Progress
 
 Answers = npt.NDArray[np.float32]
 
@@ -51,13 +52,16 @@ def answer_ids(run: Path, config: PolicyConfig) -> npt.NDArray[np.int64] | None:
     return Instances.open(path).ids if config.answer_on == "held" and path.is_file() else None
 
 
-def fit_answers(store: StateStore, seed: int, ids: npt.NDArray[np.int64] | None = None) -> FittedAnswers:
+def fit_answers(
+    store: StateStore, seed: int, ids: npt.NDArray[np.int64] | None = None, progress: Progress | None = None
+) -> FittedAnswers:
     """Answer heads on the instances of a store (:func:`rl_exit.models.answer_heads.fit_answer_heads`).
 
     Args:
         store: What the policy learns on, N instances.
         seed: Of the fit.
         ids: Those of them that heads are fitted to, if not all (:func:`answer_ids`).
+        progress: Told the passes done.
 
     Returns:
         Answers for all N: none from heads that were fitted to the instance.
@@ -65,7 +69,7 @@ def fit_answers(store: StateStore, seed: int, ids: npt.NDArray[np.int64] | None 
     every, logits, labels = np.arange(store.num_instances), np.array(store.logits), np.array(store.labels)
     rows = every if ids is None else every[np.isin(store.ids, ids)]
     fitted = fit_answer_heads(
-        lambda some: store.states(rows[some]), logits[rows], labels[rows], store.hidden_size, seed
+        lambda some: store.states(rows[some]), logits[rows], labels[rows], store.hidden_size, seed, progress=progress
     )
     answers = np.empty_like(fitted.answers, shape=logits.shape)
     answers[rows] = fitted.answers
