@@ -270,15 +270,33 @@ def test_the_page_in_a_real_browser(server: Server, tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_leaves_frees_its_row(streamed: bool, server: Server) -> None:
-    left, before = Stream(server.port, LONG, streamed), _gauge(server, "replica_tokens")
+    before = _told_by_all(server)
+    left = Stream(server.port, LONG, streamed)
     if streamed:
         events = iter(left)
         assert [next(events)[0] for _ in range(5)] == ["message"] * 5
     else:
-        _until(lambda: _gauge(server, "replica_writing") == 1)
+        _until(lambda: _gauge(server, "texts_inside") == 1)
+        time.sleep(0.2)  # it is being written
     left.close()
-    _until(lambda: _gauge(server, "texts_inside") == 0 and _gauge(server, "replica_writing") == 0)
-    assert _gauge(server, "replica_tokens") < before + 600
+    _until(lambda: _gauge(server, "texts_inside") == 0)
+    tokens = _told_by_all(server) - before
+    assert _gauge(server, "replica_writing") == 0 and tokens < 600
+
+
+def _told_by_all(server: Server) -> float:
+    """Tokens that the replicas have written, after each of them has answered a short request and so told how it is."""
+    seen = set(_replica_lines(server))
+    for asked in range(1, 60):
+        server.post("/v1/generate", {"prompt": "w5", "max_new_tokens": 2})
+        now = _replica_lines(server)
+        if len(now) == 2 and not set(now) & seen:
+            return _gauge(server, "replica_tokens") - 2 * asked
+    raise AssertionError("a replica has answered no request")
+
+
+def _replica_lines(server: Server) -> list[str]:
+    return [line for line in server.get("/metrics").splitlines() if line.startswith("rl_exit_replica_tokens{")]
 
 
 @pytest.mark.ray
