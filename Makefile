@@ -40,9 +40,9 @@ test-fast: $(STAMP)
 test-ray: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ray
 
-# Kills every part of a distributed run in every phase, 5 times each; goes on with what the result file lacks.
+# Kills every part of a distributed run in every phase, 5 times each; goes on with what $(VENV)/chaos.json lacks.
 chaos: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py --out $(VENV)/chaos.json
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ without new progress from the harm to the end of the step; for driver and head, 
 run had passed the place (its own start, and for the head that of a new cluster, included). A run in which a harm did
 not hit (nothing was there to be killed, or an error came before) is done again and noted under ``missed``; one that
 does not end within 25 minutes has not survived. The result file is written after every run, and runs that it already
-has are not done again.
+has are not done again. Exit code 1: a trial has not survived, or with another result.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import faulthandler
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -565,7 +566,8 @@ def main() -> None:
     if args.fresh:
         args.out.unlink(missing_ok=True)
     given = [word for word in sys.argv[1:] if word != "--fresh"]
-    command = " ".join(["python benchmarks/chaos.py", *sys.argv[1:]]).replace(f" --folder {args.folder}", "")
+    told = [word for word in sys.argv[1:] if word not in ("--folder", str(args.folder), "--out", str(args.out))]
+    command = shlex.join(["python", "benchmarks/chaos.py", *told])
     with work_folder(args.folder) as folder:
         own = ["--folder", folder, "--command", command]
 
@@ -584,7 +586,9 @@ def main() -> None:
             for lane in lanes:
                 lane.wait()
             raise
-    sys.exit(max(codes, default=0))
+    total = json.loads(args.out.read_text())["total"] if args.out.is_file() else {"runs": 0}
+    fell = total["runs"] and not total["runs"] == total["survived"] == total["equal_result"]
+    sys.exit(max([*codes, int(bool(fell))], default=0))
 
 
 assert all(fault.role in ("", *TITLES) and fault.place in PLACES for fault in FAULTS)

@@ -283,13 +283,14 @@ def scaling(results: dict[str, Any]) -> str:
 
 
 def _limit(found: dict[str, Any]) -> str:
+    parts = []
     if found["learner"] is not None:
-        return f"learning takes longer than drawing from {found['learner']} runners on"
+        parts.append(f"learning takes longer than drawing from {found['learner']} runners on")
     if found["driver"] is not None:
-        return (
-            f"the learners never limit; the driver's calls take longer than all else from {found['driver']} runners on"
+        parts.append(
+            f"the driver's calls take longer than a batch's drawing and learning from {found['driver']} runners on"
         )
-    return "nothing limits up to 1000 runners"
+    return "; ".join(parts) or "nothing limits up to 1000 runners"
 
 
 def overhead(results: dict[str, Any]) -> str:

@@ -114,18 +114,24 @@ def table(c: Constants, machines: Machines) -> list[dict[str, float]]:
 
 
 def limits(c: Constants, machines: Machines, learners: int) -> dict[str, int | None]:
-    """First number of runners at which learners, or the driver's own work, take longer than all the drawing around."""
-    found: dict[str, int | None] = {"learner": None, "driver": None}
-    for runners in range(1, 1001):
-        parts = simulate(c, machines, runners, min(learners, runners)) if runners < 20 or runners % 10 == 0 else None
-        if parts is None:
-            continue
-        others = parts["draw"]
-        if found["learner"] is None and parts["learn"] > others:
-            found["learner"] = runners
-        if found["driver"] is None and parts["driver"] > max(c.sample, parts["learn"]):
-            found["driver"] = runners
-    return found
+    """Runners from which on, up to 1000, learning takes longer than drawing, or the driver's calls than both.
+
+    Looked for from as many runners as there are learners; None: at 1000 it does not.
+    """
+    counts = [number for number in range(learners, 1001) if number < 20 or number % 10 == 0]
+    parts = [simulate(c, machines, runners, learners) for runners in counts]
+    return {
+        "learner": _from_on(counts, [at["learn"] > at["draw"] for at in parts]),
+        "driver": _from_on(counts, [at["driver"] > max(c.sample, at["learn"]) for at in parts]),
+    }
+
+
+def _from_on(counts: list[int], holds: list[bool]) -> int | None:
+    """The first number from which on something holds to the end; None: it does not at the end."""
+    first = len(holds)
+    while first and holds[first - 1]:
+        first -= 1
+    return counts[first] if first < len(counts) else None
 
 
 def sampling_constants() -> dict[str, float]:

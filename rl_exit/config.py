@@ -8,6 +8,7 @@ Configuration objects stay at the edge: functions and classes take the plain val
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -436,6 +437,8 @@ class RunConfig(Section):
             raise ValueError("policy.epsilon_final must not exceed policy.epsilon")
         if self.reward.name == "agreement" and not _is_generation(self.task.model_dump()):
             raise ValueError("reward.name = 'agreement' is for generation; accepted: correctness, hardness, vanilla")
+        if re.search(r"://[^/@]*:[^/@]*@", self.storage_path or ""):
+            raise ValueError("storage_path: a password in it would be shown; give it as the file system expects")
         if self.policy.answer_on == "all" and self.policy.holdout and self.policy.instances != "all":
             raise ValueError("policy.answer_on = 'all' needs policy.instances = 'all'")
         if self.policy.answer == "own" and _is_generation(self.task.model_dump()):

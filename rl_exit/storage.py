@@ -181,7 +181,7 @@ class Storage:
 
         def drop() -> None:
             self._fs.invalidate_cache()
-            if self._fs.exists(self._at(name)):
+            if self._kind(self._at(name)) is not None:
                 self._fs.rm(self._at(name), recursive=True)
 
         self._patiently(f"remove {name}", drop)
@@ -196,7 +196,7 @@ class Storage:
 
     def _names(self, kind: str) -> list[str]:
         self._fs.invalidate_cache()
-        if not self._fs.exists(self._root):
+        if self._kind(self._root) is None:
             return []
         items = self._fs.ls(self._root, detail=True)
         names = (item["name"].rstrip("/").rpartition("/")[2] for item in items if item["type"] == kind)
@@ -209,7 +209,14 @@ class Storage:
         self._fs.invalidate_cache()
         if self.is_path and self._opened and not self.path.exists():
             raise FileNotFoundError(f"{self._root}: the storage is away")
-        return bool(self._fs.isfile(self._at(name)))
+        return self._kind(self._at(name)) == "file"
+
+    def _kind(self, path: str) -> str | None:
+        """``"file"``, ``"directory"``, None where nothing is; fsspec's own isfile takes any failure for nothing."""
+        try:
+            return str(self._fs.info(path)["type"])
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def _patiently(self, what: str, work: Callable[[], T], gone: Path | None = None) -> T:
         """Do something, again while the file system fails; ``gone``: a file here whose absence is no such failure."""

@@ -39,6 +39,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ),
         ("policy.trajectories=1", "policy.trajectories = 1 (int): input should be greater than or equal to 2"),
         ("policy.epsilon_final=0.5", "policy.epsilon_final must not exceed policy.epsilon"),
+        ("storage_path=sftp://me:secret@host/runs", "storage_path: a password"),
         ("policy.answer_on=all", "policy.answer_on = 'all' needs policy.instances = 'all'"),
         ("name=a/b", "name: a plain folder name is accepted"),
         ("name=" + "x" * 300, "name: 300 bytes; at most 200"),

@@ -45,6 +45,29 @@ def test_files_go_and_come(storage: Storage, tmp_path: Path) -> None:
     storage.remove("a/b")
 
 
+def test_a_failure_is_not_an_absence(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(f"memory://{uuid.uuid4().hex}/kept", patience=5.0)
+    storage.open()
+    storage.write_json("a/x.json", {"x": 1})
+    whole, failures = storage._fs.info, []
+
+    def failing(path: str, **words: object) -> object:
+        if len(failures) < 2:
+            failures.append(path)
+            raise ConnectionError("reset")
+        return whole(path, **words)
+
+    for asked, expected in (
+        (lambda: storage.exists("a/x.json"), True),
+        (lambda: storage.read_json("a/x.json"), {"x": 1}),
+        (storage.folders, ["a"]),
+    ):
+        failures.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(storage._fs), "info", lambda _, path, **words: failing(path, **words))
+            assert asked() == expected and len(failures) == 2
+
+
 def test_damaged_content_is_found(storage: Storage, tmp_path: Path) -> None:
     storage.write("x", b"one")
     with pytest.raises(UserError, match="its content is not what the run has written"):

@@ -142,7 +142,7 @@ def jobs_logs(
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")] = False,
 ) -> None:
-    """What a job has printed; with -f the command ends with it, and with its exit code."""
+    """What a job has printed; with -f the command ends with it, with code 2 if it fails."""
     from rl_exit.cluster.address import find_target
     from rl_exit.cluster.jobs import Jobs, plain
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
@@ -116,11 +117,21 @@ def not_let_in(target: Target, status: int) -> str:
     )
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer like others: followed, it would carry the token to whoever it names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 def _ask(target: Target, page: str) -> dict[str, Any]:
     """A page of the dashboard as JSON; an empty mapping if it is none."""
     request = urllib.request.Request(target.url + page, headers=target.headers)
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+        with _OPENER.open(request, timeout=ANSWER_SECONDS) as answer:
             found = json.loads(answer.read(1 << 20))
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
@@ -128,6 +139,11 @@ def _ask(target: Target, page: str) -> dict[str, Any]:
         if error.code == 404:
             return {}
         raise UserError(f"{target.url} ({target.origin}): answers with {error.code} {error.reason}") from None
+    except http.client.HTTPException as error:
+        raise UserError(
+            f"{target.url} ({target.origin}): does not answer as a dashboard does ({type(error).__name__}). Is it the "
+            "head's dashboard (normally port 8265)?"
+        ) from None
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         why = f"no answer in {ANSWER_SECONDS:.0f} s" if isinstance(reason, (TimeoutError, socket.timeout)) else reason

@@ -98,15 +98,19 @@ class Jobs:
         self.get(name)
         loop = asyncio.new_event_loop()
         stream: AsyncIterator[str] = self._client.tail_job_logs(name)
+        waiting: asyncio.Task[str | None] | None = None
         try:
             while True:
                 with telling(self.target, name):
-                    try:
-                        part = loop.run_until_complete(anext(stream))
-                    except StopAsyncIteration:
+                    waiting = loop.create_task(_next(stream))
+                    part = loop.run_until_complete(waiting)
+                    if part is None:
                         return
                 yield part
         finally:
+            if waiting is not None and not waiting.done():  # Ctrl-C came while it waited
+                waiting.cancel()
+                loop.run_until_complete(asyncio.wait([waiting]))
             loop.run_until_complete(_close(stream))
             loop.close()
 
@@ -124,6 +128,10 @@ class Jobs:
                 raise UserError(f"job '{name}' was told to stop and is still {job.state} after {wait:.0f} s")
             time.sleep(0.5)
         return job
+
+
+async def _next(stream: AsyncIterator[str]) -> str | None:
+    return await anext(stream, None)
 
 
 def plain(text: str) -> str:

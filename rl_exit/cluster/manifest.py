@@ -195,4 +195,4 @@ def _check_place(kind: str, config: RunConfig, machines: Machines) -> None:
 
 def _name(config: RunConfig) -> str:
     """A name as Kubernetes accepts it."""
-    return "rl-exit-" + (re.sub(r"[^a-z0-9]+", "-", config.run_name.lower()).strip("-")[:40].strip("-") or "run")
+    return "rl-exit-" + (re.sub(r"[^a-z0-9]+", "-", config.run_name.lower()).strip("-")[:39].strip("-") or "run")

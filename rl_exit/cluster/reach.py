@@ -22,12 +22,7 @@ def check_reach(config: RunConfig) -> None:
     Raises:
         UserError: With the node that does not see the place, and what to give.
     """
-    import sys
-
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        return
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    nodes = _nodes()
     if len(nodes) < 2:
         return
     place = config.storage_path or config.output_dir
@@ -37,11 +32,36 @@ def check_reach(config: RunConfig) -> None:
     key = "storage_path" if config.storage_path else "output_dir"
     if protocol == "memory":
         raise UserError(f"{key}={place}: is the memory of one process; the run has {len(nodes)} nodes")
-    blind = _who_does_not_see(Path(Storage(place).path).absolute(), list(nodes))
+    _refuse_blind(Path(Storage(place).path).absolute(), f"{key}={place}", nodes)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a sweep whose folder, where its trials are, is one node's own.
+
+    Raises:
+        UserError: As :func:`check_reach`.
+    """
+    nodes = _nodes()
+    if len(nodes) > 1:
+        _refuse_blind(folder.absolute(), f"the sweep's folder {folder}", nodes)
+
+
+def _nodes() -> dict[str, str]:
+    """Address of each live node, by id; none without Ray."""
+    import sys
+
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return {}
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def _refuse_blind(folder: Path, name: str, nodes: dict[str, str]) -> None:
+    blind = _who_does_not_see(folder, list(nodes))
     if blind:
         shown = ", ".join(sorted({nodes[node] for node in blind}))
         raise UserError(
-            f"{key}={place} is a path of this node alone: {len(blind)} of {len(nodes)} nodes ({shown}) do not see it, "
+            f"{name} is a path of this node alone: {len(blind)} of {len(nodes)} nodes ({shown}) do not see it, "
             "so workers there could neither read nor write the run, and it would be lost with this node. Give "
             "storage_path=... a folder that all nodes share (NFS), or a URL such as s3://bucket/runs"
         )

@@ -52,7 +52,12 @@ def build_runtime_env(file: Path | None, variables: Sequence[str]) -> dict[str, 
         if not equals:
             raise ConfigError(f"--env {word}: NAME=VALUE is accepted")
         env[_name(name, "--env")] = value
-    for module in tree.get("py_modules") or ():
+    modules = tree.get("py_modules") or []
+    if not isinstance(modules, list):
+        raise ConfigError(f"{where}: py_modules is a list of URLs")
+    if not isinstance(tree.get("image_uri") or "", str):
+        raise ConfigError(f"{where}: image_uri is a text")
+    for module in modules:
         if "://" not in str(module):
             raise ConfigError(f"{where}: py_modules: '{module}' is no URL; send local code with --working-dir")
     found = {**tree, **({"env_vars": env} if env else {})}

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rl_exit.cluster.plan import Plan, make_plan, nodes_of, roles
 from rl_exit.config import RunConfig
@@ -48,6 +48,11 @@ def ray_session(config: RunConfig, at_least: int = 0) -> Iterator[Plan]:
     try:
         yield _fitting(config)
     finally:
+        if config.placement.autoscale and config.cluster != "local":
+            with suppress(Exception):  # the cluster itself may be gone
+                from ray.autoscaler.sdk import request_resources
+
+                request_resources()  # what was asked for is not needed any more
         if started:
             ray.shutdown()
 
@@ -91,7 +96,8 @@ def _fitting(config: RunConfig) -> Plan:
         if not asked:
             from ray.autoscaler.sdk import request_resources
 
-            least = make_plan(config.model_copy(update={"placement": _alternating(config)}), None)
+            keeps = config.placement.workers == "keep"
+            least = make_plan(config if keeps else config.model_copy(update={"placement": _alternating(config)}), None)
             request_resources(bundles=[{"CPU": 1}] * least.needs("CPU") + [{"GPU": 1}] * least.needs("GPU"))
             asked = True
         time.sleep(min(POLL_SECONDS, config.placement.timeout))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from rl_exit.cluster.plan import nodes_of
+from rl_exit.cluster.reach import check_folder
 from rl_exit.cluster.session import ray_session
 from rl_exit.config import RunConfig
 from rl_exit.errors import UserError
@@ -46,11 +48,19 @@ def sweep_session(plan: SweepPlan, max_concurrent: int | None) -> Iterator[tuple
     with ray_session(config, 1):
         import ray
 
-        yield allot(parts, int(ray.cluster_resources().get("CPU", 0)), max_concurrent, fixed=True)
+        check_folder(plan.folder)
+        nodes = [{"CPU": node.cpus, "GPU": node.gpus} for node in nodes_of(ray.nodes())]
+        cores = int(ray.cluster_resources().get("CPU", 0))
+        yield allot(parts, cores, max_concurrent, fixed=True, nodes=nodes)
 
 
 def allot(
-    parts: Mapping[str, RunConfig], cores: int, max_concurrent: int | None, *, fixed: bool
+    parts: Mapping[str, RunConfig],
+    cores: int,
+    max_concurrent: int | None,
+    *,
+    fixed: bool,
+    nodes: Sequence[Mapping[str, float]] = (),
 ) -> tuple[dict[str, Share], int]:
     """Share processors among trials.
 
@@ -59,6 +69,7 @@ def allot(
         cores: Processors there are.
         max_concurrent: Most trials at once; None: one for every ``CORES_PER_TRIAL`` processors.
         fixed: Whether trials may not ask for more than there is (a cluster); else at least one is always done.
+        nodes: CPUs and GPUs of each node of a cluster: a run's own process has all its threads on one of them.
 
     Returns:
         Share of each part, and how many parts are done at once.
@@ -80,4 +91,14 @@ def allot(
         )
     wanted = min(wanted, cores // (most + 1))
     threads = min(MOST_THREADS, max(1, cores // wanted - most))
-    return {label: share_of(config, threads) for label, config in parts.items()}, wanted
+    if nodes:
+        threads = max(1, min(threads, int(max(node.get("CPU", 0) for node in nodes))))
+    shares = {label: share_of(config, threads) for label, config in parts.items()}
+    for label, share in shares.items() if nodes else ():
+        for bundle in share.bundles():
+            if not any(all(node.get(kind, 0) >= count for kind, count in bundle.items()) for node in nodes):
+                asked = " and ".join(f"{count:g} {kind}" for kind, count in bundle.items())
+                raise UserError(
+                    f"{label} asks for {asked} on one node and no node has them; set use_gpu=false, or add one"
+                )
+    return shares, wanted

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from rl_exit.data.batching import count_batches, shuffled_batches
 from rl_exit.data.instances import Instances
@@ -126,7 +126,7 @@ class _Fit:
         self.saved = time.monotonic()
 
     def go(self) -> Visits:
-        done, epoch, seen = self.state.restore(), 0, 0
+        done, epoch, seen = self._begin(), 0, 0
         for phase in self.objective.phases:
             if phase.epochs and done < (epoch + phase.epochs) * self.per_epoch:
                 self._phase(phase, epoch, seen, done)
@@ -136,6 +136,26 @@ class _Fit:
             parameter.requires_grad_(True)
         self.model.eval()
         return self.state.visits
+
+    def _begin(self) -> int:
+        """Go on from the checkpoint; from the beginning where the ranks do not all have the same.
+
+        Ranks that see the run directory have its checkpoint, others the one that was last handed on to the storage.
+        """
+        together = self.rank.world > 1 and distributed.is_initialized()
+        first = {name: p.detach().clone() for name, p in self.trained.items()} if together else {}
+        done = self.state.restore()
+        if not together:
+            return done
+        at = torch.tensor([done, -done], device=self.device)
+        distributed.all_reduce(at, distributed.ReduceOp.MIN)
+        if int(at[0]) == -int(at[1]):
+            return done
+        with torch.no_grad():
+            for name, value in first.items():
+                self.trained[name].copy_(value)
+        self.state.visits.flags.fill(0)
+        return 0
 
     def _phase(self, phase: Phase, first_epoch: int, seen: int, done: int) -> None:
         """Do the updates of a phase; ``done`` of all are, ``seen`` epochs before it trained the backbone."""

@@ -127,7 +127,7 @@ def plan_sweep(
         raise ConfigError("there is nothing to sweep over: give --over key=value,value or --seeds 2 or more")
     if "seed" in grid and num_seeds > 1:
         raise ConfigError("the seeds are given twice: by --over seed=... and by --seeds")
-    seeds = tuple(int(seed) for seed in grid.pop("seed", ()) or range(base.seed, base.seed + num_seeds))
+    seeds = tuple(_whole(seed) for seed in grid.pop("seed", ()) or range(base.seed, base.seed + num_seeds))
     short = short_keys(grid)
     folder = output or Path(base.output_dir) / shortened(f"{base.run_name}-{'-'.join(short.values()) or 'seeds'}")
     trials: list[Trial] = []
@@ -148,6 +148,12 @@ def plan_sweep(
         raise ConfigError(f"--over {' '.join(over)}: a value is given twice")
     swept = {key: tuple(dict.fromkeys(_hashable(trial.settings[key]) for trial in trials)) for key in grid}
     return SweepPlan(folder, swept, seeds, tuple(trials), tuple(shared.values()))
+
+
+def _whole(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"--over seed: {seed!r} is no whole number")
+    return seed
 
 
 def parse_over(words: Sequence[str]) -> dict[str, tuple[Any, ...]]:

@@ -23,6 +23,7 @@ class Dashboard:
         python_version: Of the cluster.
         token: That is asked for; None: none.
         html: Whether it is some other web server.
+        moved: Address that it sends everybody to.
         seen: (method, path) of all requests, in order.
         submitted: Bodies of submitted jobs.
         uploaded: Bytes by package.
@@ -33,6 +34,7 @@ class Dashboard:
     python_version: str = "3.11.7"
     token: str | None = None
     html: bool = False
+    moved: str | None = None
     seen: list[tuple[str, str]] = field(default_factory=list)
     submitted: list[dict[str, Any]] = field(default_factory=list)
     uploaded: dict[str, bytes] = field(default_factory=dict)
@@ -57,6 +59,11 @@ def dashboard(**words: Any) -> Iterator[Dashboard]:
             board.seen.append((self.command, self.path))
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             given = self.headers.get("Authorization", "")
+            if board.moved is not None:
+                self.send_response(302)
+                self.send_header("Location", board.moved + self.path)
+                self.end_headers()
+                return
             if board.html:
                 self._say(200, b"<html>hello</html>")
             elif board.token is not None and not given:

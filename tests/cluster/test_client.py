@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import socket
+import threading
+from contextlib import suppress
 
 import pytest
 from dashboards import dashboard
@@ -50,6 +52,28 @@ def test_an_unknown_host() -> None:
 def test_another_web_server() -> None:
     with dashboard(html=True) as board:
         assert "no Ray dashboard" in told(Target(board.url, "--address"))
+
+
+def test_a_port_that_speaks_otherwise() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+
+        def greet() -> None:
+            with suppress(OSError):
+                while True:
+                    with server.accept()[0] as asked:
+                        asked.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        assert "8265" in told(Target(f"http://127.0.0.1:{server.getsockname()[1]}", "--address"))
+    assert "8265" in told(Target("http://127.0.0.1/a b", "--address"))
+
+
+def test_a_redirect_does_not_carry_the_token_away() -> None:
+    with dashboard() as other, dashboard(moved=other.url) as board:
+        assert "302" in told(Target(board.url, "--address", "secret"))
+        assert other.seen == []
 
 
 def test_no_token_and_a_wrong_one() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import platform
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +18,8 @@ from raylets import Raylets, three_raylets
 from typer.testing import CliRunner
 
 from rl_exit.cli import app
-from rl_exit.cluster.jobs import _job, plain
+from rl_exit.cluster.address import Target
+from rl_exit.cluster.jobs import Jobs, _job, plain
 from rl_exit.cluster.runs import headline_of, local_runs, stored_runs, with_jobs
 from rl_exit.config import load_config
 from rl_exit.progress import Silent
@@ -48,6 +53,30 @@ def test_what_ray_says_of_a_job() -> None:
     assert (job.state, job.run, job.place, job.message, job.seconds) == ("FAILED", "a", "/kept", "bad", 4.0)
     assert job.is_over and not _job(details()).is_over
     assert _job(details(metadata=None, start_time=None, message=None)).seconds is None
+
+
+def test_leaving_off_to_follow_is_no_fault() -> None:
+    class Client:
+        closed = False
+
+        async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+            try:
+                yield "one"
+                await asyncio.sleep(60)
+            finally:
+                Client.closed = True
+
+        def get_job_info(self, name: str) -> SimpleNamespace:
+            return details()
+
+    jobs = Jobs.__new__(Jobs)
+    jobs.target, jobs._client = Target("http://127.0.0.1:8265", "--address"), Client()
+    parts = jobs.follow("a-1")
+    assert next(parts) == "one"
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(parts)
+    assert Client.closed
 
 
 def test_no_control_characters_reach_a_terminal() -> None:

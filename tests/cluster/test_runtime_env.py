@@ -34,6 +34,8 @@ def test_words_win_over_the_file(tmp_path: Path) -> None:
         ("env_vars: [A]", "a mapping"),
         ("py_modules: [./mine]", "--working-dir"),
         ("pip: 3", "pip"),
+        ("py_modules: 5", "a list of URLs"),
+        ("image_uri: 5", "image_uri"),
         ("pip: [a]\nconda: {dependencies: [b]}", "pip"),
     ],
 )

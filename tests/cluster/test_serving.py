@@ -38,7 +38,16 @@ class Dying:
         self.calls = 0
         self.answer = self
 
-    async def remote(self, *words: Any) -> dict[str, Any]:
+    def remote(self, *words: Any) -> Dying:
+        return self
+
+    def cancel(self) -> None:
+        return
+
+    def __await__(self) -> Any:
+        return self._answer().__await__()
+
+    async def _answer(self) -> dict[str, Any]:
         self.calls += 1
         if self.calls <= self.deaths:
             raise ActorDiedError() if self.calls % 2 else ActorUnavailableError("gone", None)

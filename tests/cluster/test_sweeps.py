@@ -40,6 +40,14 @@ def test_a_cluster_is_never_asked_for_more_than_it_has() -> None:
         allot(runs, 5, None, fixed=True)
 
 
+def test_no_trial_asks_for_more_than_a_node_has() -> None:
+    small = [{"CPU": 2.0, "GPU": 0.0}] * 3
+    shares, _ = allot(parts(3), 6, None, fixed=True, nodes=small)
+    assert all(bundle["CPU"] <= 2 for share in shares.values() for bundle in share.bundles())
+    with pytest.raises(UserError, match=r"asks for .* GPU on one node and no node has them"):
+        allot(parts(1, "task_step.use_gpu=true"), 6, None, fixed=True, nodes=small)
+
+
 def test_what_a_run_holds() -> None:
     plain = share_of(load_config(), 2)
     assert plain == Share(cpus=2) and plain.bundles() == [{"CPU": 2.0}]

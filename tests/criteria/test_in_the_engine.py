@@ -13,6 +13,7 @@ from rl_exit import EarlyExitModel
 from rl_exit.criteria import (
     CRITERIA,
     LEARNED,
+    ConsistentEE,
     StoredSplit,
     criterion,
     exits_from_store,
@@ -109,6 +110,15 @@ def test_engine_and_store_leave_at_the_same_layers(word, model, rows, split, fol
     assert len(expected.unique()) >= (1 if word == "fixed" else 2)
     picked = split.logits[np.arange(COUNT), expected.numpy() - 1]
     np.testing.assert_allclose(found.logits.numpy(), picked, atol=1e-3)
+
+
+def test_a_rule_made_of_the_policys_is_asked_itself(model, rows):
+    class Patient(ConsistentEE):
+        def leave(self, layer, view, carry):
+            return super().leave(layer, view, carry) & (layer >= 4)
+
+    plain, patient = (run_instances(model, rows, rule(0.5)).exit_layer for rule in (ConsistentEE, Patient))
+    assert (plain < 4).any() and (patient >= 4).all()
 
 
 def test_predict_takes_a_criterion_by_word(model, folder):

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rl_exit.data.instances import Instances
 from rl_exit.errors import RunError, UserError
 from rl_exit.models.early_exit import AllExits
 from rl_exit.models.exits import ExitHeads
 from rl_exit.objectives import ObjectiveOptions, Shape, objective
+from rl_exit.trainers import supervised
 from rl_exit.trainers.forgetting import Visits, read_visits
 from rl_exit.trainers.supervised import OptimSettings, Rank, fit
 
@@ -225,3 +231,43 @@ def test_visits_are_written_and_read(tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"not arrow")
     with pytest.raises(RunError, match="cannot be read as a record of visits"):
         read_visits(tmp_path / "bad")
+
+
+def one_of_two(index: int, folder: Path, stop_at: int | None) -> None:
+    """A rank with a checkpoint folder of its own, as on a node that does not see the other's."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
+    torch.manual_seed(0)
+    model = TinyExits()
+
+    def on_update(number: int, *_: Any) -> None:
+        if number == stop_at:
+            raise KeyboardInterrupt
+
+    chosen = objective("weighted", SHAPE, SETTINGS.epochs, None)
+    supervised.CHECKPOINT_SECONDS = 0.0
+    own, rank = folder / f"rank-{index}", Rank(index, 2)
+    with suppress(KeyboardInterrupt):
+        fit(model, chosen, instances(), SETTINGS, 3, own, on_update, rank, DistributedDataParallel)
+    torch.save(model.state_dict(), folder / f"weights-{index}")
+    (folder / "meet").unlink(missing_ok=True)
+    os._exit(0)  # gloo waits for a peer that has left
+
+
+def test_ranks_with_different_checkpoints_begin_anew(tmp_path: Path) -> None:
+    def run(folder: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        folder.mkdir(exist_ok=True)
+        context = multiprocessing.get_context("spawn")
+        ranks = [context.Process(target=one_of_two, args=(index, folder, stop_at)) for index in range(2)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(100)
+            assert rank.exitcode == 0
+        found: dict[str, torch.Tensor] = torch.load(folder / "weights-0", weights_only=True)
+        return found
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "stopped", stop_at=4)
+    assert (tmp_path / "stopped" / "rank-0").is_dir() and not (tmp_path / "stopped" / "rank-1").exists()
+    again = run(tmp_path / "stopped")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)

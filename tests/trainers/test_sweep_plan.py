@@ -86,6 +86,12 @@ def test_seeds_alone_and_seeds_by_name() -> None:
     assert [trial.config.seed for trial in plan("seed=7,3").trials] == [7, 3]
 
 
+@pytest.mark.parametrize("seeds", ["a,b", "[1],2", "1.5,2", "true,2"])
+def test_a_seed_is_a_whole_number(seeds: str) -> None:
+    with pytest.raises(ConfigError, match="no whole number"):
+        plan(f"seed={seeds}")
+
+
 def test_a_model_that_is_given_is_no_shared_initialisation() -> None:
     found = plan("alpha=0.1,0.2", words=("init.model=somewhere/model",))
     assert found.initialisations == ()
