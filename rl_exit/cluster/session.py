@@ -36,6 +36,8 @@ def ray_session(config: RunConfig, at_least: int = 0) -> Iterator[Plan]:
     Raises:
         UserError: The cluster cannot be reached, or is too small for the run.
     """
+    if not at_least:  # a sweep's runs have processes of their own, where the GPUs are
+        _check_own_process(config)
     plan = make_plan(config, None)
     if not needs_ray(config) and not at_least:
         yield plan
@@ -55,6 +57,23 @@ def ray_session(config: RunConfig, at_least: int = 0) -> Iterator[Plan]:
                 request_resources()  # what was asked for is not needed any more
         if started:
             ray.shutdown()
+
+
+def _check_own_process(config: RunConfig) -> None:
+    """What has no workers happens in this process: without a GPU here it is refused now, not when its turn comes."""
+    import torch
+
+    step, learners = config.task_step, config.learners
+    alone = {
+        "task_step.use_gpu": ("task_step.num_workers", step.use_gpu and not step.num_workers),
+        "learners.use_gpu": ("learners.num_learners", learners.use_gpu and not learners.num_learners),
+    }
+    for key, (workers, wanted) in alone.items():
+        if wanted and not torch.cuda.is_available():
+            raise UserError(
+                f"{key}=true, but torch finds no GPU here; set it to false, or {workers} to 1 or more where a cluster "
+                "has GPUs"
+            )
 
 
 def _start(config: RunConfig, plan: Plan, at_least: int) -> None:

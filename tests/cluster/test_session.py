@@ -37,6 +37,17 @@ def test_a_cluster_that_is_not_there_is_one_message() -> None:
         pass
 
 
+@pytest.mark.parametrize("key", ["task_step.use_gpu", "learners.use_gpu"])
+def test_a_gpu_that_this_process_lacks_is_told_at_once(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, [f"{key}=true"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=f"{key}=true, but torch finds no GPU here"), ray_session(config):
+        pass
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with ray_session(config) as plan:
+        assert plan.phases == ()
+
+
 def test_a_cluster_that_grows_is_asked_and_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
     import ray.autoscaler.sdk
