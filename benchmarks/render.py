@@ -430,6 +430,12 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
             f"- The model alone on one thread, {alone['texts']} single texts there from the start, no HTTP; texts "
             f"a second: {rates} (`{alone['command']}`, {alone['date'][:10]}).\n"
         )
+    for found in (results[name] for name in sorted(results) if name.startswith("serving-load-")):
+        ratios = ", ".join(f"{ratio:.2f} at {most} ms" for most, ratio in found["pooled_vs_plain"].items() if ratio)
+        lines.append(
+            f"- Load once more; pooled over plain batching at equal p95: {ratios} (`{found['command']}`, "
+            f"{found['date'][:10]}).\n"
+        )
     for name in ("chaos", "soak", "fuzz"):
         found = results.get(f"serving-{name}")
         if found is None:

@@ -52,6 +52,14 @@ def test_imports_point_one_way(path: Path) -> None:
     )
 
 
+def test_the_http_side_of_a_server_loads_no_torch() -> None:
+    code = "import sys, rl_exit.serving.http, rl_exit.serving.writing_http, rl_exit.cluster.replicas as r; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "cluster").rglob("*.py")), ids=lambda p: p.name)
 def test_cluster_imports_no_torch_at_module_level(path: Path) -> None:
     assert not [n for n in imports_of(path, top_level_only=True) if n.split(".")[0] == "torch"]

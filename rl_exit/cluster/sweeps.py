@@ -41,7 +41,7 @@ def sweep_session(plan: SweepPlan, max_concurrent: int | None) -> Iterator[tuple
         return
     if config.cluster == "local":
         # On one machine more actors than cores are slow but right, so the session offers what the trials ask for.
-        shares, at_once = allot(parts, os.cpu_count() or 1, max_concurrent, fixed=False)
+        shares, at_once = allot(parts, os.cpu_count() or 1, max_concurrent)
         with ray_session(config, at_once * max(share.total for share in shares.values())):
             yield shares, at_once
         return
@@ -51,15 +51,13 @@ def sweep_session(plan: SweepPlan, max_concurrent: int | None) -> Iterator[tuple
         check_folder(plan.folder)
         nodes = [{"CPU": node.cpus, "GPU": node.gpus} for node in nodes_of(ray.nodes())]
         cores = int(ray.cluster_resources().get("CPU", 0))
-        yield allot(parts, cores, max_concurrent, fixed=True, nodes=nodes)
+        yield allot(parts, cores, max_concurrent, nodes)
 
 
 def allot(
     parts: Mapping[str, RunConfig],
     cores: int,
     max_concurrent: int | None,
-    *,
-    fixed: bool,
     nodes: Sequence[Mapping[str, float]] = (),
 ) -> tuple[dict[str, Share], int]:
     """Share processors among trials.
@@ -68,19 +66,19 @@ def allot(
         parts: Label -> configuration.
         cores: Processors there are.
         max_concurrent: Most trials at once; None: one for every ``CORES_PER_TRIAL`` processors.
-        fixed: Whether trials may not ask for more than there is (a cluster); else at least one is always done.
-        nodes: CPUs and GPUs of each node of a cluster: a run's own process has all its threads on one of them.
+        nodes: Of a cluster, CPUs and GPUs of each: trials may not ask for more than there is, and a run's own process
+            has all its threads on one of them. None: one machine, where at least one trial is always done.
 
     Returns:
         Share of each part, and how many parts are done at once.
 
     Raises:
-        UserError: ``fixed``, and a single trial asks for more than there is.
+        UserError: A single trial asks for more than the cluster has, or than any of its nodes.
     """
     wanted = min(max_concurrent or max(1, cores // CORES_PER_TRIAL), len(parts))
     threads = min(MOST_THREADS, max(1, cores // wanted))
     shares = {label: share_of(config, threads) for label, config in parts.items()}
-    if not fixed:
+    if not nodes:
         return shares, wanted
     # Actors and workers first; what is left goes to the threads of the runs' own processes.
     label, most = max(((label, share.actors + share.workers) for label, share in shares.items()), key=lambda at: at[1])
@@ -91,10 +89,9 @@ def allot(
         )
     wanted = min(wanted, cores // (most + 1))
     threads = min(MOST_THREADS, max(1, cores // wanted - most))
-    if nodes:
-        threads = max(1, min(threads, int(max(node.get("CPU", 0) for node in nodes))))
+    threads = max(1, min(threads, int(max(node["CPU"] for node in nodes))))
     shares = {label: share_of(config, threads) for label, config in parts.items()}
-    for label, share in shares.items() if nodes else ():
+    for label, share in shares.items():
         for bundle in share.bundles():
             if not any(all(node.get(kind, 0) >= count for kind, count in bundle.items()) for node in nodes):
                 asked = " and ".join(f"{count:g} {kind}" for kind, count in bundle.items())

@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from rl_exit.errors import ConfigError, nearest
+from rl_exit.generation import LEAST_TEMPERATURE
 
 DEFAULT_NEW_TOKENS = 20
 DEFAULT_TOP_K = 50
 DEFAULT_DRAFT = 4
-LEAST_TEMPERATURE = 0.001  # below it, logits over the temperature are no numbers of float32 any more
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
-from rl_exit.generation.sampling import LEAST_TEMPERATURE
+from rl_exit.generation import LEAST_TEMPERATURE
 from rl_exit.serving.schema import Point, Text, Threshold, Wish
 
 DRAWING = ("temperature", "top_k", "top_p", "seed")

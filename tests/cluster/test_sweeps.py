@@ -24,7 +24,7 @@ def parts(count: int, *words: str) -> dict[str, RunConfig]:
     ],
 )
 def test_cores_of_one_machine_are_shared(cores: int, count: int, asked: int | None, at_once: int, threads: int) -> None:
-    shares, found = allot(parts(count), cores, asked, fixed=False)
+    shares, found = allot(parts(count), cores, asked)
     assert found == at_once
     assert set(shares.values()) == {Share(cpus=threads)}
 
@@ -33,19 +33,19 @@ def test_a_cluster_is_never_asked_for_more_than_it_has() -> None:
     runs = parts(10, "sampling.num_env_runners=2", "learners.num_learners=1", "task_step.num_workers=2")
     for cores in range(6, 40):
         for asked in (None, 1, 3, 8):
-            shares, at_once = allot(runs, cores, asked, fixed=True)
+            shares, at_once = allot(runs, cores, asked, [{"CPU": float(cores)}])
             assert 1 <= at_once <= (asked or 10)
             assert at_once * max(share.total for share in shares.values()) <= cores
     with pytest.raises(UserError, match="trial-0 asks for 6 CPUs and the cluster has 5"):
-        allot(runs, 5, None, fixed=True)
+        allot(runs, 5, None, [{"CPU": 5.0}])
 
 
 def test_no_trial_asks_for_more_than_a_node_has() -> None:
     small = [{"CPU": 2.0, "GPU": 0.0}] * 3
-    shares, _ = allot(parts(3), 6, None, fixed=True, nodes=small)
+    shares, _ = allot(parts(3), 6, None, small)
     assert all(bundle["CPU"] <= 2 for share in shares.values() for bundle in share.bundles())
     with pytest.raises(UserError, match=r"asks for .* GPU on one node and no node has them"):
-        allot(parts(1, "task_step.use_gpu=true"), 6, None, fixed=True, nodes=small)
+        allot(parts(1, "task_step.use_gpu=true"), 6, None, small)
 
 
 def test_what_a_run_holds() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -248,7 +249,7 @@ def one_of_two(index: int, folder: Path, stop_at: int | None) -> None:
     own, rank = folder / f"rank-{index}", Rank(index, 2)
     with suppress(KeyboardInterrupt):
         fit(model, chosen, instances(), SETTINGS, 3, own, on_update, rank, DistributedDataParallel)
-    torch.save(model.state_dict(), folder / f"weights-{index}")
+    save_file(model.state_dict(), folder / f"weights-{index}")
     (folder / "meet").unlink(missing_ok=True)
     os._exit(0)  # gloo waits for a peer that has left
 
@@ -263,8 +264,7 @@ def test_ranks_with_different_checkpoints_begin_anew(tmp_path: Path) -> None:
         for rank in ranks:
             rank.join(100)
             assert rank.exitcode == 0
-        found: dict[str, torch.Tensor] = torch.load(folder / "weights-0", weights_only=True)
-        return found
+        return load_file(folder / "weights-0")
 
     whole = run(tmp_path / "whole")
     run(tmp_path / "stopped", stop_at=4)
