@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from tiny import write_tiny_task
 from typer.testing import CliRunner
 
-from rl_exit import EarlyExitModel
+from rl_exit import EarlyExitModel, deployment
 from rl_exit.cli import app
 from rl_exit.config import dump_config, load_config
+from rl_exit.costs import CostModel
 from rl_exit.errors import ConfigError, ModelError, UserError
 from rl_exit.operating import Clocked
+from rl_exit.profiling import profile
 
 TEXTS = ["the red cat", "saw", "my old hammer near a big dog", "drill under the horse"] * 3
 
@@ -38,8 +43,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Pat
 
 @pytest.fixture(autouse=True)
 def _by_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the clock says of a tiny model is chance; tests/test_operating.py tests what is made of it."""
+    """What the clock says of a tiny model is chance, and the cost model's own figures are: a layer takes a millisecond.
+
+    tests/test_operating.py tests what is made of either.
+    """
     monkeypatch.setattr(Clocked, "bias", lambda *_: 1.0)
+
+    def settled(*args: Any, **words: Any) -> CostModel:
+        costs = profile(*args, **words)
+        small = {name: np.full_like(getattr(costs, name), 1e-5) for name in ("embed", "exits", "policy")}
+        return replace(costs, layers=np.full_like(costs.layers, 1e-3), **small)
+
+    monkeypatch.setattr(deployment, "profile", settled)
 
 
 def run(*words: object) -> str:
