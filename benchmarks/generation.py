@@ -4,7 +4,7 @@ Reads finished runs of one configuration with several seeds and writes one JSON 
 point what is measured on text that the model is made to say (agreement with full depth, perplexity, accuracy) and on
 what it writes itself (Rouge-L to its own full depth and to the data, saved layers). CALM's points are thresholds, set
 on examples that neither exits nor test have seen. The policy's points are prices of a layer: for each alpha a policy is
-trained on those examples, as in the run's last round, and leaves at pi > 0.5.
+trained on those examples, once more on the states that its own exits leave, and leaves at pi > 0.5.
 
     python benchmarks/generation.py OUT.json RUN [RUN ...] [--examples 150] [--prompts 48] [--points 8]
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_exit.config import load_config
+from rl_exit.config import AGREEING, load_config
 from rl_exit.criteria import ConsistentEE, Criterion
 from rl_exit.data.instances import Instances
 from rl_exit.errors import ConfigError
@@ -40,7 +40,10 @@ from rl_exit.writing import write_texts
 
 GUARANTEE = 0.1  # share of a response's tokens that Learn-then-Test lets change
 GRID = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.0)  # of its lambda
-PRICES = (0.1, 0.17, 0.19, 0.2, 0.21, 0.23)
+PRICES = {
+    "agreement": (0.1, 0.14, 0.17, 0.19, 0.21, 0.23, 0.26, 0.3),
+    "fidelity": (0.2, 0.28, 0.34, 0.38, 0.42, 0.46, 0.52, 0.6),
+}
 
 
 def main() -> None:
@@ -131,17 +134,24 @@ def priced(
     full = tabulate(model, some, horizon=given.new_tokens)
     before = {name: value.detach().clone() for name, value in model.policy.state_dict().items()}
     rows = []
+    rule = ConsistentEE(0.5)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        build_block(
-            model, held, store, config.store.dtype, config.store.shard_size, 16, ConsistentEE(0.5),
-            agreement=config.reward.name == "agreement",
-        )  # fmt: skip
-        for alpha in PRICES:
+
+        def observe() -> None:
+            build_block(
+                model, held, store, config.store.dtype, config.store.shard_size, 16, rule,
+                agreement=config.reward.name in AGREEING,
+            )  # fmt: skip
+
+        for alpha in PRICES[config.reward.name]:
             settings = replace(policy_settings(config, config.seed), alpha=alpha, algorithm="exact")
-            outcome = train_policy(store, before, settings)
-            model.policy.load_state_dict(outcome.weights)
-            rule = ConsistentEE(0.5)
+            weights = before
+            for _ in range(2):  # the second time on what the first policy's exits show to later tokens
+                model.policy.load_state_dict(weights)
+                observe()
+                weights = train_policy(store, weights, settings).weights
+            model.policy.load_state_dict(weights)
             table = tabulate(model, some, rule, horizon=given.new_tokens)
             rows.append({"alpha": alpha, **asdict(judge(table, full, model.exit_layers)), **written(rule)})
     model.policy.load_state_dict(before)

@@ -36,6 +36,9 @@ Objective = Literal[
     "jei",
 ]
 Precision = Literal["auto", "float32", "bfloat16"]
+AGREEING = ("agreement", "fidelity")
+"""Rewards of a token that ask what the last exit says, not what the text says."""
+
 _LONGEST_NAME = 200  # of the 255 bytes of a file name; temporary names are somewhat longer
 
 
@@ -185,10 +188,10 @@ class TaskStepConfig(OptimConfig):
 class RewardConfig(Section):
     """Reward on exit."""
 
-    name: Literal["hardness", "vanilla", "correctness", "agreement"] = Field(
+    name: Literal["hardness", "vanilla", "correctness", "agreement", "fidelity"] = Field(
         "correctness",
         description="correctness: 1 if right, less alpha a layer; by cross-entropy: hardness (Eq. 4), vanilla (Eq. 3); "
-        "agreement (generation): 1 if the exit says what the last one says, less alpha a layer",
+        "generation: agreement (1 if the exit says what the last one says), fidelity (that, less the cross-entropy)",
     )
     alpha: Weight = Field(
         0.01,
@@ -203,7 +206,7 @@ class RewardConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _price(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "alpha" not in given and given.get("name") in ("hardness", "vanilla"):
+        if isinstance(given, dict) and "alpha" not in given and given.get("name") in ("hardness", "vanilla", "fidelity"):
             return {**given, "alpha": 0.1}
         return given
 
@@ -435,8 +438,10 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if self.policy.epsilon_final > self.policy.epsilon:
             raise ValueError("policy.epsilon_final must not exceed policy.epsilon")
-        if self.reward.name == "agreement" and not _is_generation(self.task.model_dump()):
-            raise ValueError("reward.name = 'agreement' is for generation; accepted: correctness, hardness, vanilla")
+        if self.reward.name in AGREEING and not _is_generation(self.task.model_dump()):
+            raise ValueError(
+                f"reward.name = '{self.reward.name}' is for generation; accepted: correctness, hardness, vanilla"
+            )
         if re.search(r"://[^/@]*:[^/@]*@", self.storage_path or ""):
             raise ValueError("storage_path: a password in it would be shown; give it as the file system expects")
         if self.policy.answer_on == "all" and self.policy.holdout and self.policy.instances != "all":

@@ -156,6 +156,8 @@ def _formula(reward: str, info: dict[str, Any], alpha: float, num_layers: int) -
     layer = info["exit_layer"]
     if reward == "correctness":
         return float(info["correct"]) - alpha * layer
+    if reward == "fidelity":
+        return float(info["correct"]) - info["loss"] - alpha * layer
     if reward == "vanilla":
         return -info["loss"] - alpha * layer
     return -info["loss"] - alpha * (1 - info["memorized"] / num_layers) * layer

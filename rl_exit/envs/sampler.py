@@ -159,7 +159,7 @@ class RewardTable:
 
     Attributes:
         store: Source of losses and correctness.
-        kind: ``hardness`` (Eq. 4), ``vanilla`` (Eq. 3) or ``correctness``.
+        kind: ``hardness`` (Eq. 4), ``vanilla`` (Eq. 3), ``correctness`` or ``fidelity``.
         alpha: Price of a layer, nats.
         cost: [L], cost of leaving at each layer; None: the layer's number.
     """

@@ -1,4 +1,4 @@
-"""Memorized layer (Eq. 7), the paper's two rewards (Eq. 3 and 4), and the reward of being right."""
+"""Memorized layer (Eq. 7), the paper's two rewards (Eq. 3 and 4), and rewards of being right."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-REWARDS = ("hardness", "vanilla", "correctness")
+REWARDS = ("hardness", "vanilla", "correctness", "fidelity")
 
 
 def memorized_layer(correct: npt.ArrayLike) -> IntArray:
@@ -51,8 +51,10 @@ def rewards(
         kind: ``"vanilla"`` is ``-CE - alpha*cost`` (Eq. 3); ``"hardness"`` is ``-CE - alpha*(1 - m/L)*cost`` (Eq. 4);
             ``"correctness"`` is ``[exit l is right] - alpha*cost``: the accuracy itself, whose price is plain to read
             (0.01: a layer must bring one right answer more in a hundred), and which no confident mistake dominates.
+            ``"fidelity"`` is ``[exit l is right] - CE - alpha*cost``, for tokens: being right alone leaves the
+            likelihood of the text aside, and the likelihood alone what is written.
         cost: [L], cost of exiting at l; default the layer number.
-        correct: [N, L], whether exit l is right; only the reward of being right reads it.
+        correct: [N, L], whether exit l is right; only the rewards of being right read it.
 
     Returns:
         [N, L].
@@ -69,11 +71,12 @@ def rewards(
         raise ValueError(f"cost must be [{layers}], got shape {price.shape}")
     if kind == "vanilla":
         return -ce - np.float32(alpha) * price
-    if kind == "correctness":
+    if kind in ("correctness", "fidelity"):
         right = None if correct is None else np.asarray(correct, dtype=np.float32)
         if right is None or right.shape != ce.shape:
             raise ValueError(f"the reward of being right needs correct, [{count}, {layers}]")
-        return right - np.float32(alpha) * price
+        gain = right if kind == "correctness" else right - ce
+        return gain - np.float32(alpha) * price
     if kind != "hardness":
         raise ValueError(f"reward '{kind}' is unknown; accepted: {', '.join(REWARDS)}")
     if memorized is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rl_exit.config import AGREEING
 from rl_exit.criteria import ConsistentEE
 from rl_exit.data.examples import load_examples, tokenise_examples
 from rl_exit.data.instances import Instances
@@ -136,7 +137,7 @@ class TokenSteps:
                     c.store.shard_size,
                     min(c.store.batch_size, DEV_BATCH),
                     rule,
-                    agreement=c.reward.name == "agreement",
+                    agreement=c.reward.name in AGREEING,
                     on_done=progress.update,
                 )
             with self.display.step(f"{where}: policy ({c.algorithm})", c.policy.epochs) as progress:

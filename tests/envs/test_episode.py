@@ -74,7 +74,7 @@ def test_states_come_in_order_and_are_the_callers(known: StateStore) -> None:
 
 
 @pytest.mark.filterwarnings(UNBOUNDED, "ignore:.*alternative render modes.*")
-@pytest.mark.parametrize("reward", ["hardness", "vanilla", "correctness"])
+@pytest.mark.parametrize("reward", ["hardness", "vanilla", "correctness", "fidelity"])
 def test_gymnasiums_checker_and_ours(store: StateStore, reward: str) -> None:
     check_env(EarlyExitEnv(store, reward))
     check_early_exit_env(EarlyExitEnv(store, reward, alpha=0.2))

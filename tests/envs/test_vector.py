@@ -42,7 +42,7 @@ def assert_same(one: Any, two: Any) -> None:
         assert one.dtype == two.dtype and np.array_equal(one, two)
 
 
-@pytest.mark.parametrize("reward", ["hardness", "vanilla", "correctness", own_reward])
+@pytest.mark.parametrize("reward", ["hardness", "vanilla", "correctness", "fidelity", own_reward])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("shard_size", "num_envs"), [(7, 1), (50, 5), (7, 5), (3, 30)])
 def test_equals_scalar_environments_step_by_step(

@@ -88,9 +88,13 @@ def test_reward_of_being_right() -> None:
     assert found[0] == pytest.approx([-0.01, 0.98, 0.97, -0.04])
     priced = rewards(np.zeros((1, 4)), None, 0.1, "correctness", cost=[1.0, 1.5, 2.0, 4.0], correct=correct)
     assert priced[0] == pytest.approx([-0.1, 0.85, 0.8, -0.4])
+    losses = [[2.0, 0.5, 0.25, 1.0]]
+    both = rewards(losses, None, 0.1, "fidelity", cost=[1.0, 1.5, 2.0, 4.0], correct=correct)
+    assert both[0] == pytest.approx([-2.1, 0.35, 0.55, -1.4])
     for missing in (None, [[True, False]]):
-        with pytest.raises(ValueError, match="needs correct"):
-            rewards(np.zeros((1, 4)), None, 0.01, "correctness", correct=missing)
+        for kind in ("correctness", "fidelity"):
+            with pytest.raises(ValueError, match="needs correct"):
+                rewards(np.zeros((1, 4)), None, 0.01, kind, correct=missing)
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "hardness"])
@@ -118,7 +122,7 @@ def test_rewards_equal_the_slow_twin(kind: str, cost: list[float] | None) -> Non
         (([[1.0, 2.0]], [0], 0.1), r"memorized must be \[1\] within 1..2"),
         (([[1.0, 2.0]], [3], 0.1), r"memorized must be \[1\] within 1..2"),
         (([[1.0, 2.0]], [1, 2], 0.1), r"memorized must be \[1\] within 1..2"),
-        (([[1.0, 2.0]], [1], 0.1, "speed"), "reward 'speed' is unknown; accepted: hardness, vanilla, correctness"),
+        (([[1.0, 2.0]], [1], 0.1, "speed"), "reward 'speed' is unknown; accepted: hardness, vanilla, correctness, fidelity"),
         (([[1.0, 2.0]], [1], 0.1, "hardness", [1.0]), r"cost must be \[2\]"),
     ],
 )

@@ -135,8 +135,9 @@ def test_lora_trains_adapters_and_exits_and_merges(small_text: None, tmp_path: P
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="agreement' is for generation"):
-        load_config(None, ["reward.name=agreement"])
+    for name in ("agreement", "fidelity"):
+        with pytest.raises(ConfigError, match=f"{name}' is for generation"):
+            load_config(None, [f"reward.name={name}"])
     rows = "".join(json.dumps({"prompt": "a b", "response": " c d"}) + "\n" for _ in range(8))
     (tmp_path / "train.jsonl").write_text(rows)
     local = ["task.name=local", "task.kind=generation", f"task.path={tmp_path}", f"output_dir={tmp_path / 'runs'}"]
