@@ -45,9 +45,9 @@ from rl_exit.profiling import profile, surroundings
 from rl_exit.progress import Display, Progress
 
 BATCH_SIZES = (1, 8, 32, 128)
-TEXTS = {1: 500, 8: 500, 32: 500, 128: 1000}
-"""Texts that are timed at each batch size, at most: fewer would leave the share of early exits to chance (the speed-up
-of 48 texts strays by 6 %, that of 450 by 2 %)."""
+TEXTS = 1000
+"""Texts that are timed, at most: fewer would leave the share of early exits to chance (the speed-up of 48 texts strays
+by 6 %, that of 450 by 2 %)."""
 ROUNDS = 5
 SPLITS = 200
 SPEEDUP = 2.0
@@ -123,7 +123,7 @@ def _measure(
             rule = criterion("consistentee")
             point = point_by_speed([rule], evidence.select(first), costs, speedup, size, clock)
             threshold = float(point.params["threshold"])
-            measured = instances.take(_spread(second, TEXTS.get(size, 500)))
+            measured = instances.take(_spread(second, TEXTS))
             row = _engine(model, measured, threshold, size, rounds, progress, number * (1 + rounds))
             at = costs.batch_sizes.index(size), len(costs.lengths) // 2
             tokens = size * costs.lengths[at[1]]

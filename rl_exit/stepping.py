@@ -71,7 +71,7 @@ class Survivors:
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(self.rows)
+        return self.rows.shape[0]
 
     def split(self, count: int) -> tuple[Survivors, Survivors | None]:
         """The first ``count`` rows, and the others if there are any. Views: nothing is copied until they are joined."""
@@ -148,17 +148,17 @@ def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Ste
     if leave is None or len(leaving := np.flatnonzero(leave)) == 0:
         return Step(None, Survivors(layer, state, carry, rows))
     said = _said(criterion, layer, view, carry)
-    if len(leaving) == len(rows):
+    if len(leaving) == rows.shape[0]:
         return Step(Left(layer, rows, said), None)
     staying, left = torch.from_numpy(np.flatnonzero(~leave)), torch.from_numpy(leaving)
-    on_device = staying.to(state.hidden.device)
+    longest = max(int(state.lengths.index_select(0, staying).max()), 1)
     stay = Survivors(
         layer,
-        state.select(staying, length=max(int(state.lengths[staying].max()), 1), masks=False),
-        compact(carry, on_device),
-        rows[staying],
+        state.select(staying, length=longest, masks=False),
+        compact(carry, staying.to(state.hidden.device)),
+        rows.index_select(0, staying),
     )
-    return Step(Left(layer, rows[left], said[left.to(said.device)]), stay)
+    return Step(Left(layer, rows.index_select(0, left), said.index_select(0, left.to(said.device))), stay)
 
 
 def join(groups: Sequence[Survivors]) -> Survivors:

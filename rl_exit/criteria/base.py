@@ -243,4 +243,4 @@ def checked_count(word: str, key: str, value: Any, what: str) -> None:
 
 def compact(carry: Carry, rows: Tensor) -> Carry:
     """The carry of the given rows only."""
-    return {key: value[rows] for key, value in carry.items()}
+    return {key: value.index_select(0, rows) for key, value in carry.items()}

@@ -499,20 +499,19 @@ class EarlyExitModel(PreTrainedModel):
     def _decide(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> Decision | None:
         """The decision in compiled code, which knows the answers too; None where it cannot be had."""
         hidden = state.hidden
-        if (
-            hidden.dtype != torch.float32
-            or hidden.device.type != "cpu"
-            or self.training
-            or self.config.policy_inputs != "answers"
-            or torch.is_grad_enabled()
-        ):
+        if hidden.dtype != torch.float32 or not hidden.is_cpu or self.training or torch.is_grad_enabled():
             return None
-        parts = self.exits, self.answer_heads, self.policy
-        if self._native is None or (view.layer == 1 and not self._native.serves(*parts)):
-            self._native = NativeExits.of(*parts, self.config.pooling)
-            if self._native is None:
+        native = self._native
+        # The configuration is asked where a text begins: transformers makes each look at it dear.
+        if native is None or view.layer == 1:
+            if self.config.policy_inputs != "answers":
                 return None
-        decision = self._native.decide(view.layer, self.backbone.hidden(view.layer, state), state, carry, cut)
+            parts = self.exits, self.answer_heads, self.policy
+            if native is None or not native.serves(*parts):
+                native = self._native = NativeExits.of(*parts, self.config.pooling)
+                if native is None:
+                    return None
+        decision = native.decide(view.layer, self.backbone.hidden(view.layer, state), state, carry, cut)
         view.answered(decision.answers)
         return decision
 

@@ -307,7 +307,14 @@ def test_no_query_is_left_without_a_key(reach: int | None, eager: bool) -> None:
     # Some attention kernels give NaN for a query that sees nothing, and NaN spreads from padding to real tokens.
     attention_mask = make_batch((6, 0, 3))["attention_mask"]
     mask = attention_mask_for(
-        attention_mask, padded=True, causal=False, reach=reach, form="interface", eager=eager, dtype=torch.float32
+        attention_mask.shape[1],
+        attention_mask.bool(),
+        device=attention_mask.device,
+        causal=False,
+        reach=reach,
+        form="interface",
+        eager=eager,
+        dtype=torch.float32,
     )
     assert mask is not None
     visible = ((mask == 0) if eager else mask).expand(3, 1, 6, 6)

@@ -51,7 +51,6 @@ class StepState:
 
     Attributes:
         hidden: Output of the last layer that ran, before any final norm, [B, T, H].
-        attention_mask: 1 at real tokens and 0 at right padding, int64 [B, T].
         lengths: Real tokens of each row, int64 [B], always on the CPU, so that nobody has to ask the device.
         padded: Whether any row is shorter than T.
         masks: By reach (None: everything), what the layers of that reach take as mask; None where none is needed.
@@ -60,7 +59,6 @@ class StepState:
     """
 
     hidden: Tensor
-    attention_mask: Tensor
     lengths: Tensor
     padded: bool
     masks: Mapping[int | None, Tensor | None]
@@ -77,9 +75,14 @@ class StepState:
         """Padded number of tokens T."""
         return self.hidden.shape[1]
 
+    @property
+    def attention_mask(self) -> Tensor:
+        """1 at real tokens and 0 at right padding, int64 [B, T] on the device; made from the lengths when read."""
+        return _real_tokens(self.lengths, self.hidden).to(torch.int64)
+
     def with_hidden(self, hidden: Tensor) -> StepState:
         """Return the same batch with other hidden states, [B, T, H]."""
-        return StepState(hidden, self.attention_mask, self.lengths, self.padded, self.masks, self.tables, self.backbone)
+        return StepState(hidden, self.lengths, self.padded, self.masks, self.tables, self.backbone)
 
     def select(self, rows: Tensor, length: int | None = None, masks: bool = True) -> StepState:
         """Return the state of some rows, with right padding trimmed; positions stay as they are.
@@ -95,22 +98,20 @@ class StepState:
         Raises:
             ValueError: `length` would cut real tokens off, or is greater than T.
         """
-        lengths = self.lengths[rows.to(self.lengths.device)]
+        lengths = self.lengths.index_select(0, rows.to(self.lengths.device))
         keep = self.length if length is None else length
-        longest = int(lengths.max()) if len(lengths) else 0
+        longest = int(lengths.max()) if lengths.shape[0] else 0
         if not longest <= keep <= self.length:
             raise ValueError(
                 f"length must lie between the longest kept row, {longest}, and T = {self.length}, not {keep}"
             )
-        rows = rows.to(self.hidden.device)
-        hidden = self.hidden[:, :keep].index_select(0, rows)
-        attention_mask = self.attention_mask[:, :keep].index_select(0, rows)
+        hidden = self.hidden[:, :keep].index_select(0, rows.to(self.hidden.device))
+        padded = _shorter_than(lengths, keep)
         return StepState(
             hidden=hidden,
-            attention_mask=attention_mask,
             lengths=lengths,
-            padded=(padded := _shorter_than(lengths, keep)),
-            masks=self.backbone.masks(hidden, attention_mask, padded) if masks else {},
+            padded=padded,
+            masks=self.backbone.masks(hidden, lengths, padded) if masks else {},
             tables=self.tables if keep == self.length else self.tables.trim(keep),
             backbone=self.backbone,
         )
@@ -124,9 +125,7 @@ class StepState:
         return self._part(slice(count, None))
 
     def _part(self, rows: slice) -> StepState:
-        return StepState(
-            self.hidden[rows], self.attention_mask[rows], self.lengths[rows], True, {}, self.tables, self.backbone
-        )
+        return StepState(self.hidden[rows], self.lengths[rows], True, {}, self.tables, self.backbone)
 
 
 def join_states(states: Sequence[StepState]) -> StepState:
@@ -148,30 +147,27 @@ def join_states(states: Sequence[StepState]) -> StepState:
         raise ValueError("join_states needs one or more states of one backbone")
     backbone = states[0].backbone
     lengths = torch.cat([state.lengths for state in states])
-    keep = max(int(lengths.max()), 1) if len(lengths) else states[0].length
+    keep = max(int(lengths.max()), 1) if lengths.shape[0] else states[0].length
     # What the layers read beside the rows is the same for every row; the longest batch has all positions.
     longest = max(states, key=lambda state: state.length)
     if len(states) == 1 and longest.length == keep:
-        hidden, attention_mask = longest.hidden, longest.attention_mask
+        hidden = longest.hidden
     elif all(state.length >= keep for state in states):
         hidden = torch.cat([state.hidden[:, :keep] for state in states])
-        attention_mask = torch.cat([state.attention_mask[:, :keep] for state in states])
     else:
         first = longest.hidden
-        hidden = first.new_zeros((len(lengths), keep, first.shape[2]))
-        attention_mask = longest.attention_mask.new_zeros((len(lengths), keep))
+        hidden = first.new_zeros((lengths.shape[0], keep, first.shape[2]))
         start = 0
         for state in states:
             rows, columns = slice(start, start + state.batch_size), min(state.length, keep)
             hidden[rows, :columns] = state.hidden[:, :columns]
-            attention_mask[rows, :columns] = state.attention_mask[:, :columns]
             start += state.batch_size
+    padded = _shorter_than(lengths, keep)
     return StepState(
         hidden=hidden,
-        attention_mask=attention_mask,
         lengths=lengths,
-        padded=(padded := _shorter_than(lengths, keep)),
-        masks=backbone.masks(hidden, attention_mask, padded),
+        padded=padded,
+        masks=backbone.masks(hidden, lengths, padded),
         tables=longest.tables if keep == longest.length else longest.tables.trim(keep),
         backbone=backbone,
     )
@@ -292,12 +288,12 @@ class SteppedBackbone(nn.Module):
         attention_mask = attention_mask.to(torch.int64)
         lengths = _checked_lengths(input_ids, attention_mask)
         hidden = self._family.embed(self.model, input_ids, attention_mask, token_type_ids)
+        padded = _shorter_than(lengths, input_ids.shape[1])
         return StepState(
             hidden=hidden,
-            attention_mask=attention_mask,
             lengths=lengths,
-            padded=(padded := _shorter_than(lengths, input_ids.shape[1])),
-            masks=self.masks(hidden, attention_mask, padded),
+            padded=padded,
+            masks=self.masks(hidden, lengths, padded),
             tables=self._family.tables(self.model, hidden),
             backbone=self,
         )
@@ -356,14 +352,16 @@ class SteppedBackbone(nn.Module):
             states.append(state.hidden if layer < self.num_layers else self.hidden(layer, state))
         return states
 
-    def masks(self, hidden: Tensor, attention_mask: Tensor, padded: bool) -> dict[int | None, Tensor | None]:
+    def masks(self, hidden: Tensor, lengths: Tensor, padded: bool) -> dict[int | None, Tensor | None]:
         """Build the attention masks of a batch, one for each reach that a layer has (see :class:`StepState`)."""
         form = self._family.mask_form
         eager = form == "interface" and attention_of(self.model.config) == "eager"
+        real = _real_tokens(lengths, hidden) if padded and not self.is_decoder else None
         return {
             reach: attention_mask_for(
-                attention_mask,
-                padded=padded,
+                hidden.shape[1],
+                real,
+                device=hidden.device,
                 causal=self.is_decoder,
                 reach=reach,
                 form=form,
@@ -391,7 +389,12 @@ def _checked_lengths(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 def _shorter_than(lengths: Tensor, length: int) -> bool:
     """Whether any row is shorter than the padded length."""
-    return bool((lengths.numpy() < length).any())
+    return lengths.shape[0] > 0 and int(lengths.min()) < length
+
+
+def _real_tokens(lengths: Tensor, hidden: Tensor) -> Tensor:
+    """Which positions hold tokens and no padding, bool [B, T] on the device of ``hidden`` [B, T, H]."""
+    return torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None].to(hidden.device)
 
 
 @torch.no_grad()

@@ -44,9 +44,10 @@ def attention_of(config: Any) -> str:
 
 
 def attention_mask_for(
-    attention_mask: Tensor,
+    length: int,
+    real: Tensor | None,
     *,
-    padded: bool,
+    device: torch.device,
     causal: bool,
     reach: int | None,
     form: MaskForm,
@@ -56,8 +57,9 @@ def attention_mask_for(
     """Build the mask of the layers with one reach.
 
     Args:
-        attention_mask: 1 at real tokens, 0 at right padding, int64 [B, T].
-        padded: Whether `attention_mask` holds any zero (known to the caller, so the device need not be asked).
+        length: T.
+        real: Which positions hold tokens and no padding, bool [B, T]; None: all do.
+        device: Of the mask.
         causal: Whether a token sees only itself and what is to its left.
         reach: Largest distance to a visible token (sliding window); None for no limit.
         form: What the layers accept.
@@ -67,21 +69,20 @@ def attention_mask_for(
     Returns:
         A mask that broadcasts to [B, heads, T, T], or None where none is needed.
     """
-    length = attention_mask.shape[1]
     limited = reach is not None and reach < length - 1
     # Without a mask, sdpa attention in a causal model is causal by itself; eager attention never is.
     explicit = causal and (limited or eager or form != "interface")
-    visible = _near(length, attention_mask.device, causal=causal, reach=reach) if explicit or limited else None
-    if padded and not causal:
-        real = attention_mask.bool()[:, None, None, :]
+    visible = _near(length, device, causal=causal, reach=reach) if explicit or limited else None
+    if real is not None and not causal:
+        real = real[:, None, None, :]
         # A query that saw no key at all would give NaN and spoil later layers: padding may see itself, or, where there
         # is no window, the first token (which is padding in an empty row).
         if visible is None:
-            visible = real | (torch.arange(length, device=real.device) == 0)
+            visible = real | (torch.arange(length, device=device) == 0)
         else:
-            visible = (visible & real) | torch.eye(length, dtype=torch.bool, device=real.device)
+            visible = (visible & real) | torch.eye(length, dtype=torch.bool, device=device)
     if form == "boolean":
-        return attention_mask.new_ones((1, 1, 1, 1), dtype=torch.bool) if visible is None else visible
+        return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device) if visible is None else visible
     if visible is None or (form == "interface" and not eager):
         return visible
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
