@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -57,7 +56,9 @@ def main() -> None:
     write_json(
         given.out,
         {
-            "command": shlex.join(["python", "benchmarks/generation.py", given.out.name, "RUN ..."]),
+            "command": "python benchmarks/generation.py "
+            f"{given.out.name} RUN ... --examples {given.examples} --prompts {given.prompts} "
+            f"--new-tokens {given.new_tokens} --points {given.points}",
             "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
             "examples": given.examples,
             "prompts": given.prompts,

@@ -20,14 +20,14 @@ COMMANDS = {
     "stackoverflow": "rl-exit train configs/stackoverflow.yaml task.path=...",
     "sst2": "rl-exit train configs/sst2.yaml task.path=...",
     "mrpc": "rl-exit train configs/mrpc.yaml task.path=...",
-    "alpaca": "rl-exit train configs/alpaca.yaml model.backbone=stories260k model.max_length=256 task.max_train=160 "
-    "task.max_dev=12 task.max_test=20 generation.samples=8 generation.max_new_tokens=24 generation.points=0",
-    "stories-0": "rl-exit train configs/stories.yaml seed=0 init.epochs=12 policy.epochs=30 generation.samples=32 "
-    "generation.max_new_tokens=40",
-    "stories-1": "rl-exit train configs/stories.yaml seed=1 init.epochs=12 policy.epochs=30 generation.samples=16 "
-    "generation.max_new_tokens=32 generation.points=0 generation.encoder=none (7 points on dev in place of 13)",
-    "stories-2": "rl-exit train configs/stories.yaml seed=2 init.epochs=12 policy.epochs=30 generation.samples=4 "
-    "generation.max_new_tokens=32 generation.points=0 generation.encoder=none (7 points on dev in place of 13)",
+    "alpaca": "rl-exit train configs/alpaca.yaml model.backbone=stories260k task.path=... task.test_path=... "
+    "init.epochs=3 model.max_length=256 task.max_train=4000 task.max_dev=200 task.max_test=300 "
+    "generation.samples=100 generation.max_new_tokens=48",
+    **{
+        f"stories-{seed}": f"rl-exit train configs/stories.yaml model.backbone=stories260k task.path=... seed={seed} "
+        "generation.samples=100 generation.max_new_tokens=40"
+        for seed in range(3)
+    },
 }
 
 

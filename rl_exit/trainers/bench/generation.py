@@ -34,7 +34,7 @@ LAYERS = 12
 SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 4096}
 # Share of tokens that leave at layers 1..12: many after a third of the way, some at the very end. Mean 5.8.
 EXITS = (0.0, 0.05, 0.10, 0.20, 0.20, 0.15, 0.10, 0.06, 0.04, 0.03, 0.02, 0.05)
-CASES = ((1, 64), (1, 1024), (8, 64), (8, 1024), (8, 4096))
+CASES = ((1, 64), (1, 1024), (1, 4096), (8, 64), (8, 1024), (8, 2048), (8, 4096))
 STEPS = 16
 
 

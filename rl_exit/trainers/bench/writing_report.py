@@ -10,7 +10,7 @@ from typing import Any
 
 from rl_exit.report_generation import RULES
 
-SPEEDS = (1.25, 1.5, 2.0)
+SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5)
 """Full depth over mean exit layer at which the curves are read."""
 
 GAP = 0.3
