@@ -71,6 +71,8 @@ def main() -> None:
 
 def measure(run: Path, given: argparse.Namespace) -> dict[str, Any]:
     config = load_config(run / "config.yaml")
+    if config.reward.name not in PRICES:
+        raise ConfigError(f"{run}: reward '{config.reward.name}'; prices are known for: {', '.join(PRICES)}")
     model = EarlyExitCausalModel.from_pretrained(run / "model")
     held = Instances.open(run / "data" / "held.arrow")
     test = Instances.open(run / "data" / "test.arrow")
@@ -130,7 +132,7 @@ def priced(
     given: argparse.Namespace,
     written: Callable[[Criterion | None], dict[str, float]],
 ) -> list[dict[str, Any]]:
-    """The policy's curve: one policy for each price of a layer, all from the same token states."""
+    """The policy's curve: one policy for each price of a layer, all from the same examples and start."""
     config = load_config(run / "config.yaml")
     full = tabulate(model, some, horizon=given.new_tokens)
     before = {name: value.detach().clone() for name, value in model.policy.state_dict().items()}

@@ -196,7 +196,7 @@ class RewardConfig(Section):
     alpha: Weight = Field(
         0.01,
         description="price of a layer, in right answers (correctness; usual 0.003-0.03) or nats (paper 0.005-0.1); "
-        "default: 0.1 for the rewards by cross-entropy",
+        "default: 0.1 for the rewards that count cross-entropy",
     )
     cost: Literal["layers", "latency"] = Field(
         "layers",
@@ -206,7 +206,8 @@ class RewardConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _price(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "alpha" not in given and given.get("name") in ("hardness", "vanilla", "fidelity"):
+        by_loss = ("hardness", "vanilla", "fidelity")
+        if isinstance(given, dict) and "alpha" not in given and given.get("name") in by_loss:
             return {**given, "alpha": 0.1}
         return given
 

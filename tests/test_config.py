@@ -35,7 +35,8 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("init.lr=.nan", "init.lr = nan (float)"),
         (
             "reward.name=fast",
-            "reward.name = 'fast' (str): input should be 'hardness', 'vanilla', 'correctness', 'agreement' or 'fidelity'",
+            "reward.name = 'fast' (str): input should be 'hardness', 'vanilla', 'correctness', 'agreement' or "
+            "'fidelity'",
         ),
         ("policy.trajectories=1", "policy.trajectories = 1 (int): input should be greater than or equal to 2"),
         ("policy.epsilon_final=0.5", "policy.epsilon_final must not exceed policy.epsilon"),

@@ -74,7 +74,8 @@ class EarlyExitEnv(gymnasium.Env[Observation, int]):
 
     Args:
         source: The path of a state store, an open :class:`StateStore`, or a source of its own (:class:`LiveSource`).
-        reward: ``"hardness"`` (Eq. 4), ``"vanilla"`` (Eq. 3), ``"correctness"``, or a function of the :class:`Outcome`.
+        reward: ``"hardness"`` (Eq. 4), ``"vanilla"`` (Eq. 3), ``"correctness"``, ``"fidelity"``, or a function of the
+            :class:`Outcome`.
         alpha: Price of a layer in nats, for the named rewards; usual 0.005-0.2.
         cost: [L], cost of leaving at each layer; None: the layer's number.
 

@@ -42,7 +42,8 @@ class EarlyExitVectorEnv(VectorEnv[Observation, npt.NDArray[np.integer], npt.NDA
     Args:
         num_envs: E.
         source: The path of a state store, or an open one.
-        reward: ``"hardness"`` (Eq. 4), ``"vanilla"`` (Eq. 3), ``"correctness"``, or a function of the :class:`Outcome`.
+        reward: ``"hardness"`` (Eq. 4), ``"vanilla"`` (Eq. 3), ``"correctness"``, ``"fidelity"``, or a function of the
+            :class:`Outcome`.
         alpha: Price of a layer in nats.
         cost: [L], cost of leaving at each layer; None: the layer's number.
         shards: With a path: the shards to map, and so to draw from; None for all.

@@ -505,6 +505,7 @@ class EarlyExitModel(PreTrainedModel):
         # The configuration is asked where a text begins: transformers makes each look at it dear.
         if native is None or view.layer == 1:
             if self.config.policy_inputs != "answers":
+                self._native = None
                 return None
             parts = self.exits, self.answer_heads, self.policy
             if native is None or not native.serves(*parts):
@@ -526,8 +527,10 @@ class EarlyExitModel(PreTrainedModel):
 
     def _pooled(self, layer: int, state: StepState) -> Tensor:
         hidden, how = self.backbone.hidden(layer, state), self.config.pooling
-        if how == "mean" and not state.padded:
-            return hidden.mean(1)
+        if how == "cls":
+            return hidden[:, 0]
+        if not state.padded:
+            return hidden.mean(1) if how == "mean" else hidden[:, -1]
         return pool(hidden, state.attention_mask, how)
 
 

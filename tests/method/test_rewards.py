@@ -122,7 +122,10 @@ def test_rewards_equal_the_slow_twin(kind: str, cost: list[float] | None) -> Non
         (([[1.0, 2.0]], [0], 0.1), r"memorized must be \[1\] within 1..2"),
         (([[1.0, 2.0]], [3], 0.1), r"memorized must be \[1\] within 1..2"),
         (([[1.0, 2.0]], [1, 2], 0.1), r"memorized must be \[1\] within 1..2"),
-        (([[1.0, 2.0]], [1], 0.1, "speed"), "reward 'speed' is unknown; accepted: hardness, vanilla, correctness, fidelity"),
+        (
+            ([[1.0, 2.0]], [1], 0.1, "speed"),
+            "reward 'speed' is unknown; accepted: hardness, vanilla, correctness, fidelity",
+        ),
         (([[1.0, 2.0]], [1], 0.1, "hardness", [1.0]), r"cost must be \[2\]"),
     ],
 )

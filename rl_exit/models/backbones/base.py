@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -75,14 +76,17 @@ class StepState:
         """Padded number of tokens T."""
         return self.hidden.shape[1]
 
-    @property
+    @cached_property
     def attention_mask(self) -> Tensor:
-        """1 at real tokens and 0 at right padding, int64 [B, T] on the device; made from the lengths when read."""
+        """1 at real tokens and 0 at right padding, int64 [B, T] on the device; made when first read."""
         return _real_tokens(self.lengths, self.hidden).to(torch.int64)
 
     def with_hidden(self, hidden: Tensor) -> StepState:
         """Return the same batch with other hidden states, [B, T, H]."""
-        return StepState(hidden, self.lengths, self.padded, self.masks, self.tables, self.backbone)
+        after = StepState(hidden, self.lengths, self.padded, self.masks, self.tables, self.backbone)
+        if (mask := self.__dict__.get("attention_mask")) is not None:
+            after.__dict__["attention_mask"] = mask
+        return after
 
     def select(self, rows: Tensor, length: int | None = None, masks: bool = True) -> StepState:
         """Return the state of some rows, with right padding trimmed; positions stay as they are.
