@@ -85,7 +85,7 @@ def render(
     training, curves = training_charts(metrics) if not isinstance(metrics, str) else ([], {})
     phases = {k: float(v) for k, v in (results.get("seconds") or {}).items() if v is not None and math.isfinite(v)}
     sections, config_note = _config_sections(config)
-    text = generation_section(found)
+    text = generation_section(found, results.get("timing"))
     metric = figures.metric_name(results.get("metric") or (found[splits[0]]["metric"] if splits else "score"))
     return render_page(
         "report.html.j2",

@@ -17,11 +17,12 @@ RULES = {
 _PROMPT = 400  # characters of a prompt that are shown, its end
 
 
-def generation_section(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
+def generation_section(evaluation: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """What the template shows; None where the run is no decoder's, or its evaluation holds no such part.
 
     Args:
         evaluation: Tree of ``evaluation.json``.
+        timing: ``timing`` of ``results.json``: tokens per second by split.
     """
     found = evaluation.get("generation")
     if not isinstance(found, dict):
@@ -31,7 +32,7 @@ def generation_section(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     shown: Mapping[str, Any] = next((splits[name] for name in ("test", "dev") if name in splits), {})
     return {
         "lead": _lead(shown),
-        "quality": _quality(splits),
+        "quality": _quality(splits, timing or {}),
         "rules": _rules(found.get("criteria") or {}),
         "samples": [_sample(row, layers) for row in shown.get("samples", ())],
     }
@@ -55,14 +56,15 @@ def _lead(shown: Mapping[str, Any]) -> str:
     )
 
 
-def _quality(splits: Mapping[str, Any]) -> dict[str, Any]:
+def _quality(splits: Mapping[str, Any], timing: Mapping[str, Any]) -> dict[str, Any]:
     columns = [
         *("saved layers %", "Rouge-L at full depth", "Rouge-L with exits", "Rouge-L to full depth"),
         *("BERTScore-F at full depth", "BERTScore-F with exits", "agreement %", "token accuracy %", "perplexity"),
-        "perplexity at full depth",
+        *("perplexity at full depth", "tokens per second at full depth", "tokens per second with exits"),
     ]
     rows = []
     for name, row in splits.items():
+        speed = timing.get(name) or {}
         bert, forced = row.get("bert_f") or {}, row["teacher_forced"]
         cells = [
             f"{100 * row['saved_layers']:.1f}",
@@ -74,6 +76,10 @@ def _quality(splits: Mapping[str, Any]) -> dict[str, Any]:
             f"{100 * forced['accuracy']:.1f}",
             f"{forced['perplexity']:.2f}",
             f"{row['full_depth_perplexity']:.2f}",
+            *(
+                f"{speed[key]:.0f}" if key in speed else "–"
+                for key in ("tokens_per_second_full_depth", "tokens_per_second")
+            ),
         ]
         rows.append({"name": name, "cells": cells})
     return {"columns": columns, "rows": rows}

@@ -41,3 +41,12 @@ def test_bert_f_matches_every_token_with_its_nearest(tiny_backbone):
     assert other == pytest.approx(float(2 * p * r / (p + r)), abs=1e-5)
     with pytest.raises(ModelError):
         BertScore("/no/such/encoder")
+
+
+def test_the_default_encoder_is_the_installed_minilm():
+    score = BertScore("minilm")
+    same, near, far = score.f1(
+        ["The cat sat on the mat."] * 3,
+        ["The cat sat on the mat.", "A cat was sitting on a rug.", "Interest rates rose by two points."],
+    )
+    assert same == pytest.approx(1.0, abs=1e-4) and far < near < same

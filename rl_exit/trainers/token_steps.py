@@ -118,6 +118,9 @@ class TokenSteps:
         model: EarlyExitCausalModel = EarlyExitCausalModel.from_pretrained(model_path)
         instances = Instances.open(policy_source(run))
         store = run.path / "rounds" / str(number) / "store-train"
+        if c.keep_rounds != "all":  # two rounds' blocks would take twice what the run was given
+            for earlier in (run.path / "rounds").glob("*/store-train"):
+                shutil.rmtree(earlier, ignore_errors=True)
         seed = derive_seed(c.seed, "blocks", number)
         width = model.policy.hidden_size
         plan = plan_blocks(instances, model.num_exits, width, c.store.dtype, c.store.max_gib, seed)

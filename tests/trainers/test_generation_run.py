@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import escape
 
 from rl_exit.config import load_config
+from rl_exit.criteria import ConsistentEE
 from rl_exit.data import documentation
 from rl_exit.data.docstrings import Topic
 from rl_exit.errors import ConfigError, UserError
@@ -20,6 +22,7 @@ from rl_exit.trainers.alternation import train
 from rl_exit.trainers.analyse import analyse
 from rl_exit.trainers.compare_groups import open_runs
 from rl_exit.trainers.evaluate import evaluate_model
+from rl_exit.trainers.token_store import build_block
 
 CONFIG = Path(__file__).parents[2] / "configs" / "generation.yaml"
 SMALL = [
@@ -67,6 +70,11 @@ def test_the_built_in_example_runs_to_its_report(finished: Path):
         assert len(sample["tokens"]) == len(sample["exit_layers"]) <= 4 and sample["exit_layers"][0] == 3
     page = (finished / "report" / "index.html").read_text()
     assert "Samples side by side" in page and page.count('class="token"') >= 2
+    shown = evaluation["generation"]["splits"]["test"]["samples"][0]
+    assert f"<td>{escape(shown['reference'])}</td><td>{escape(shown['full'])}</td><td>" in page
+    rates = results["timing"]["test"]
+    for rate in (rates["tokens_per_second_full_depth"], rates["tokens_per_second"]):
+        assert f"<td>{rate:.0f}</td>" in page
     assert "CALM state saturation" in page
     model = EarlyExitCausalModel.from_pretrained(finished / "model")
     assert model.config.threshold == results["threshold"] and model.tokenizer.eos_token == "<|end|>"
@@ -77,6 +85,20 @@ def test_token_states_were_learnt_in_blocks_and_never_more(finished: Path):
     assert marker["blocks"] > 1
     last = finished / "rounds" / "1" / "store-train"
     assert sum(file.stat().st_size for file in last.iterdir()) <= 0.00005 * 2**30
+
+
+def test_later_rounds_see_copied_states_and_one_store_is_there_at_a_time(small_text: None, tmp_path: Path, monkeypatch):
+    rules, stores = [], []
+
+    def watched(model, some, path, dtype, size, batch, rule, **more):
+        rules.append(rule)
+        stores.append(len(list((tmp_path / "small" / "rounds").glob("*/store-train"))))
+        return build_block(model, some, path, dtype, size, batch, rule, **more)
+
+    monkeypatch.setattr("rl_exit.trainers.token_steps.build_block", watched)
+    words = ["name=small", f"output_dir={tmp_path}", "alternation.rounds=1"]
+    train(load_config(CONFIG, [*SMALL, *words, "generation.samples=0"]), Silent())
+    assert rules == [None, ConsistentEE(0.5)] and stores == [0, 0]
 
 
 def test_a_finished_run_is_told_not_repeated(finished: Path):

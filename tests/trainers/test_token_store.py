@@ -16,9 +16,10 @@ from rl_exit.envs.state_store import StateStore
 from rl_exit.errors import UserError
 from rl_exit.method.rewards import memorized_layer
 from rl_exit.models.token_pass import run_text
-from rl_exit.objectives import ObjectiveOptions, Shape, objective
+from rl_exit.objectives import ObjectiveOptions, Shape, objective, task_step
 from rl_exit.trainers.phase_module import PhaseModule
 from rl_exit.trainers.policy_phase import PolicyPhaseSettings, train_policy
+from rl_exit.trainers.token_instances import token_instances
 from rl_exit.trainers.token_steps import block_settings
 from rl_exit.trainers.token_store import POSITIONS, build_block, bytes_per_token, plan_blocks, tokens_of
 
@@ -110,3 +111,20 @@ def test_the_loss_of_a_batch_is_that_of_its_response_tokens():
     assert abs(float((model(batch["input_ids"], labels=everything).loss - loss).detach())) > 1e-3, (
         "prompts would have counted"
     )
+
+
+def test_in_the_task_step_tokens_see_what_those_that_left_show():
+    model, data = early_exit("llama"), examples(LENGTHS, STARTS)
+    batch, starts = data.batch(range(4)), torch.tensor(STARTS)
+    (phase,) = task_step(lambda states, _: model.exit_logits(states), "sample", 1, ObjectiveOptions()).phases
+    module = PhaseModule(model, torch.nn.ModuleDict(), phase)
+
+    def expected(leaves: bool) -> torch.Tensor:
+        torch.manual_seed(3)
+        states, logits, targets, _ = token_instances(model, batch, starts, leaves)
+        return phase.loss(states, logits, targets, 0)
+
+    torch.manual_seed(3)
+    loss, _, _ = module(batch, starts, 0)
+    torch.testing.assert_close(loss, expected(leaves=True))
+    assert abs(float((loss - expected(leaves=False)).detach())) > 1e-4, "copying would not have mattered"

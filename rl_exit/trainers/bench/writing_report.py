@@ -13,8 +13,14 @@ from rl_exit.report_generation import RULES
 SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5)
 """Full depth over mean exit layer at which the curves are read."""
 
-GAP = 0.3
-"""Of saved layers: between points further apart a curve is not read."""
+GAP, GAP_TO_FULL = 0.3, 0.25
+"""Of saved layers: between points further apart a curve is not read; the second from full depth, where it is steep."""
+
+CURVES = {
+    "policy": "policy, one for each price",
+    "policy_at_one_price": "policy, one swept",
+    **{word: RULES[word] for word in ("calm_softmax", "calm_saturation", "calm_meta", "fixed")},
+}
 
 Points = Sequence[dict[str, Any]]
 
@@ -23,7 +29,7 @@ def read_at(points: Points, saved: float, value: Callable[[dict[str, Any]], floa
     """A curve's value at a share of saved layers, on the line between near neighbours; None where there are none."""
     ordered = sorted((row[by], value(row)) for row in points)
     for (x0, y0), (x1, y1) in itertools.pairwise(ordered):
-        if x0 <= saved <= x1 and x1 - x0 <= GAP:
+        if x0 <= saved <= x1 and x1 - x0 <= (GAP if x0 > 0.0 else GAP_TO_FULL):
             return y0 if x1 == x0 else y0 + (y1 - y0) * (saved - x0) / (x1 - x0)
     return None
 
@@ -41,8 +47,8 @@ def curve_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = ["rule", "layers, times", *(measure[0] for measure in MEASURES)]
     rows = []
     for speed in SPEEDS:
-        for word in ("policy", "calm_softmax", "calm_saturation", "calm_meta", "fixed"):
-            cells = [RULES[word], f"{speed:g}"]
+        for word, name in CURVES.items():
+            cells = [name, f"{speed:g}"]
             for _, by, value, back, scale in MEASURES:
                 found = [read_at(_with_full(seed, word), 1.0 - 1.0 / speed, value, by) for seed in seeds]
                 known = [scale * back(one) for one in found if one is not None]
