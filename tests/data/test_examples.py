@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from rl_exit.config import TaskConfig
-from rl_exit.data import documentation
+from rl_exit.data import documentation, tasks
 from rl_exit.data.docstrings import Topic
 from rl_exit.data.examples import ExampleSplit, alpaca_prompt, encode_prompts, load_examples, tokenise_examples
+from rl_exit.data.sources import open_local
 from rl_exit.data.tasks import load_task, task_kind
 from rl_exit.errors import DataError
 from rl_exit.models.pretrained import find_source, load_tokenizer
@@ -57,6 +58,21 @@ def test_alpaca_is_trained_on_and_dolly_tested_on(tmp_path):
     again = load_examples(config, seed=3)
     assert np.array_equal(again.splits["train"].ids, task.splits["train"].ids)
     assert not np.array_equal(load_examples(config, seed=4).splits["train"].ids, task.splits["train"].ids)
+
+
+def test_a_hub_dataset_is_read_by_its_id_with_a_template(tmp_path, monkeypatch):
+    write(tmp_path / "faq" / "train.jsonl", [{"q": f"Q{n}?", "a": f"A{n}"} for n in range(10)])
+    asked = []
+
+    def open_hub(*given: object) -> object:
+        asked.append(given)
+        return open_local(str(tmp_path / "faq"))
+
+    monkeypatch.setattr(tasks, "open_hub", open_hub)
+    config = TaskConfig(name="someone/faq", kind="generation", template="Question: {q}\nAnswer:", response="a")
+    task = load_examples(config, 0)
+    assert asked == [("someone/faq", None, None)] and len(task.splits["train"]) == 9
+    assert all(text.startswith("Question: Q") and text.endswith("Answer:") for text in task.splits["train"].prompts)
 
 
 def test_a_template_names_the_columns_of_local_files(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import generation_reference as reference
 import pytest
 import torch
-from causal_models import CONFIGS, early_exit, library_model, ragged
+from causal_models import CONFIGS, VOCABULARY, early_exit, library_model, ragged
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
@@ -17,6 +17,8 @@ from rl_exit.models import causal
 from rl_exit.models.causal import EarlyExitCausalModel, present
 from rl_exit.models.lora import add_lora, merge_lora
 from rl_exit.models.pretrained import find_source, load_tokenizer
+from rl_exit.objectives import ObjectiveOptions, Shape, objective
+from rl_exit.trainers.phase_module import PhaseModule
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -128,7 +130,7 @@ def tokenizer(tiny_backbone: Path):
     return load_tokenizer(find_source(str(tiny_backbone)))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gpt_neox"])
 def test_saved_and_loaded_it_is_the_same(name, tokenizer, tmp_path):
     model = early_exit(name, exit_every=2, exit_rank=2, task="tales")
     model.tokenizer = tokenizer
@@ -151,13 +153,19 @@ def test_saved_and_loaded_it_is_the_same(name, tokenizer, tmp_path):
             )
 
 
-def test_a_library_model_on_disk_is_a_backbone(tokenizer, tmp_path):
-    library_model("llama").save_pretrained(tmp_path / "lm")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
+def test_a_library_model_on_disk_is_a_backbone(name, tokenizer, tmp_path):
+    library_model(name).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     model = EarlyExitCausalModel.from_backbone(str(tmp_path / "lm"), max_length=64)
     ids, mask = ragged([5, 3])
-    expected = early_exit("llama").all_exits(ids, mask)[:, -1]
+    expected = early_exit(name).all_exits(ids, mask)[:, -1]
     torch.testing.assert_close(model.all_exits(ids, mask)[:, -1], expected)
+
+
+def test_a_text_longer_than_the_positions_is_refused(tokenizer, tmp_path):
+    library_model("llama").save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
     with pytest.raises(ModelError, match="accepts 4 to 128"):
         EarlyExitCausalModel.from_backbone(str(tmp_path / "lm"), max_length=200)
 
@@ -184,3 +192,29 @@ def test_lora_leaves_the_head_alone_and_merges_back():
     assert model.lm_head.weight.grad is None
     merge_lora(model)
     torch.testing.assert_close(model.all_exits(ids, mask), before)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_lora_learns_a_family_s_tokens_and_merges(name):
+    model = early_exit(name)
+    batch, starts = dict(zip(("input_ids", "attention_mask"), ragged([9, 6]), strict=True)), torch.tensor([3, 2])
+    torch.manual_seed(0)
+    add_lora(model, rank=4, alpha=8.0)
+    model.train()
+    chosen = objective("weighted", Shape(model.num_exits, 32, VOCABULARY), 1, ObjectiveOptions())
+    module = PhaseModule(model, torch.nn.ModuleDict(), chosen.phases[0])
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_" in n], lr=0.3)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss, _, _ = module(batch, starts, 0)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    model.eval()
+    with torch.no_grad():
+        adapted = model.all_exits(**batch)
+        merge_lora(model)
+        torch.testing.assert_close(model.all_exits(**batch), adapted, atol=1e-5, rtol=1e-5)
+    assert not any("lora" in name for name in model.state_dict())
