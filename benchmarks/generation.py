@@ -6,7 +6,7 @@ what it writes itself (Rouge-L to its own full depth and to the data, saved laye
 on examples that neither exits nor test have seen. The policy's points are prices of a layer: for each alpha a policy is
 trained on those examples, once more on the states that its own exits leave, and leaves at pi > 0.5.
 
-    python benchmarks/generation.py OUT.json RUN [RUN ...] [--examples 150] [--prompts 48] [--points 8]
+    python benchmarks/generation.py OUT.json RUN ... [--examples 100] [--prompts 32] [--new-tokens 40] [--points 6]
 """
 
 from __future__ import annotations

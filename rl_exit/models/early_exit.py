@@ -529,8 +529,8 @@ class EarlyExitModel(PreTrainedModel):
         hidden, how = self.backbone.hidden(layer, state), self.config.pooling
         if how == "cls":
             return hidden[:, 0]
-        if not state.padded:
-            return hidden.mean(1) if how == "mean" else hidden[:, -1]
+        if how == "mean" and not state.padded:
+            return hidden.mean(1)
         return pool(hidden, state.attention_mask, how)
 
 
