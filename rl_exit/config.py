@@ -238,6 +238,11 @@ class PolicyConfig(Section):
         0.1,
         description="share of the training set kept from the exits for the policy to learn on; paper 0, usual 0.05-0.2",
     )
+    safe: bool | None = Field(
+        None,
+        description="try the policy on instances new to it, and leave by confidence where it is no better "
+        "(docs/recipes.md); default: where labels are learnt, some instances are held out and inputs is answers",
+    )
     epochs: NonNegative = Field(
         60, description="passes over its instances in each round; usual 20-150 (answers), 2-10 (state)"
     )
@@ -447,6 +452,10 @@ class RunConfig(Section):
             raise ValueError("storage_path: a password in it would be shown; give it as the file system expects")
         if self.policy.answer_on == "all" and self.policy.holdout and self.policy.instances != "all":
             raise ValueError("policy.answer_on = 'all' needs policy.instances = 'all'")
+        if self.policy.safe and not self._can_try_policy:
+            raise ValueError(
+                "policy.safe = true needs a task with labels, policy.holdout above 0 and policy.inputs = 'answers'"
+            )
         if self.policy.answer == "own" and _is_generation(self.task.model_dump()):
             raise ValueError("policy.answer = 'own' is for classification; a token is written by the exit it leaves at")
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
@@ -456,6 +465,16 @@ class RunConfig(Section):
         if len(self.run_name.encode()) > _LONGEST_NAME:
             raise ValueError(f"name: {len(self.run_name.encode())} bytes; at most {_LONGEST_NAME} are accepted")
         return self
+
+    @property
+    def tries_policy(self) -> bool:
+        """Whether the policy is tried against confidence (``policy.safe``)."""
+        return self._can_try_policy if self.policy.safe is None else self.policy.safe
+
+    @property
+    def _can_try_policy(self) -> bool:
+        policy = self.policy
+        return policy.holdout > 0 and policy.inputs == "answers" and not _is_generation(self.task.model_dump())
 
     @property
     def run_name(self) -> str:

@@ -114,6 +114,20 @@ def all_answer_figures(logits: Tensor) -> Tensor:
     return torch.stack([answer_figures(i + 1, layers, logits[:, i], memory) for i in range(layers)], 1)
 
 
+def confidence_log_odds(logits: Tensor) -> Tensor:
+    """Log-odds of the likeliest class: their sigmoid is its probability, and they keep their order where that is 1.
+
+    Args:
+        logits: [..., C].
+
+    Returns:
+        float32 [...].
+    """
+    z = logits.float()
+    best, answer = z.max(-1, keepdim=True)
+    return (best - z.scatter(-1, answer, -math.inf).logsumexp(-1, keepdim=True))[..., 0]
+
+
 def input_size(inputs: Inputs, hidden_size: int) -> int:
     """Numbers that the policy reads at a layer: H, NUM_ANSWERS, or both."""
     return {"state": hidden_size, "answers": NUM_ANSWERS, "both": hidden_size + NUM_ANSWERS}[inputs]

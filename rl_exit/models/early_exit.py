@@ -31,7 +31,15 @@ from rl_exit.errors import ModelError
 from rl_exit.inference import run_batch, run_texts
 from rl_exit.models import folder, pretrained
 from rl_exit.models.answer_heads import ANSWERS, Answer, AnswerHeads
-from rl_exit.models.answers import INPUTS, Inputs, answer_figures, every_policy_input, input_size, policy_input
+from rl_exit.models.answers import (
+    INPUTS,
+    Inputs,
+    answer_figures,
+    confidence_log_odds,
+    every_policy_input,
+    input_size,
+    policy_input,
+)
 from rl_exit.models.backbones import StepState, step_backbone
 from rl_exit.models.choices import chosen_rule
 from rl_exit.models.exits import ExitHeads, pool
@@ -40,6 +48,7 @@ from rl_exit.models.policy import PolicyHeads
 from rl_exit.models.quick_policy import QuickPolicy
 
 POOLINGS = ("cls", "mean", "last")
+RULES = ("learned", "confidence")
 
 
 class EarlyExitConfig(PretrainedConfig):
@@ -53,6 +62,8 @@ class EarlyExitConfig(PretrainedConfig):
         policy_inputs: What the policy reads: ``"state"``, ``"answers"`` or ``"both"`` (:mod:`rl_exit.models.answers`).
         policy_shared: Whether the policy heads of all layers share their weights.
         policy_answer: What the policy answers: ``"exit"`` or ``"own"`` (:mod:`rl_exit.models.answer_heads`).
+        policy_rule: Which pi decides: ``"learned"``, the policy heads', or ``"confidence"``, the probability of what
+            would be answered (:mod:`rl_exit.trainers.safe_policy`).
         dropout: On the state before an exit, in training.
         max_tokens: Tokens per text, longer are cut (``max_length`` is a word of text generation in transformers).
         threshold: Operating point: leave at the first ``pi > threshold``.
@@ -75,6 +86,7 @@ class EarlyExitConfig(PretrainedConfig):
         policy_inputs: Inputs = "state",
         policy_shared: bool = False,
         policy_answer: Answer = "exit",
+        policy_rule: str = "learned",
         dropout: float = 0.1,
         max_tokens: int = 128,
         threshold: float = 0.5,
@@ -90,6 +102,7 @@ class EarlyExitConfig(PretrainedConfig):
         self.policy_inputs = policy_inputs
         self.policy_shared = policy_shared
         self.policy_answer = policy_answer
+        self.policy_rule = policy_rule
         self.dropout = dropout
         self.max_tokens = max_tokens
         self.threshold = threshold
@@ -192,6 +205,8 @@ class EarlyExitModel(PreTrainedModel):
         )
         if config.policy_answer not in ANSWERS:
             raise ModelError(f"policy_answer '{config.policy_answer}' is unknown; accepted: {', '.join(ANSWERS)}")
+        if config.policy_rule not in RULES:
+            raise ModelError(f"policy_rule '{config.policy_rule}' is unknown; accepted: {', '.join(RULES)}")
         own = config.policy_answer == "own"
         self.answer_heads = AnswerHeads(self.num_layers, hidden, config.num_labels) if own else None
         self.tokenizer: Any = None
@@ -471,6 +486,8 @@ class EarlyExitModel(PreTrainedModel):
 
     def exit_logits(self, states: Tensor, logits: Tensor) -> Tensor:
         """The policy's log-odds of Exit at layers 1..L-1, [B, L-1], from states [B, L, H] and logits [B, L, C]."""
+        if self.config.policy_rule == "confidence":
+            return confidence_log_odds(self.answers(states, logits)[:, :-1])
         return self.policy(every_policy_input(self.config.policy_inputs, states, self.answers(states, logits)))
 
     def answers(self, states: Tensor, logits: Tensor) -> Tensor:
@@ -482,6 +499,8 @@ class EarlyExitModel(PreTrainedModel):
         inputs = self.config.policy_inputs
         if (decision := self._decide(view, carry, state, math.inf)) is not None:
             return decision.odds
+        if self.config.policy_rule == "confidence":
+            return confidence_log_odds(view.answer)
         if inputs == "answers" and (quick := self._quick_policy(view.answer)) is not None:
             return quick.at(view.layer, view.answer, carry)
         figures = None if inputs == "state" else answer_figures(view.layer, self.num_layers, view.answer, carry)
@@ -504,10 +523,11 @@ class EarlyExitModel(PreTrainedModel):
         native = self._native
         # The configuration is asked where a text begins: transformers makes each look at it dear.
         if native is None or view.layer == 1:
-            if self.config.policy_inputs != "answers":
+            confident = self.config.policy_rule == "confidence"
+            if self.config.policy_inputs != "answers" and not confident:
                 self._native = None
                 return None
-            parts = self.exits, self.answer_heads, self.policy
+            parts = self.exits, self.answer_heads, None if confident else self.policy
             if native is None or not native.serves(*parts):
                 native = self._native = NativeExits.of(*parts, self.config.pooling)
                 if native is None:

@@ -13,7 +13,9 @@
 #define BLOCK 8 /* rows that share one reading of the weights */
 
 typedef struct {
-    int64_t layers, hidden, classes, width, answer_width; /* answer_width 0: the exit answers */
+    int64_t layers, hidden, classes;
+    int64_t width;                                        /* 0: the probability of what is answered is pi */
+    int64_t answer_width;                                 /* 0: the exit answers */
     int64_t pooling;                                      /* 0 cls, 1 mean, 2 last */
     int64_t shared;                                       /* whether all policy heads have the same weights */
     const float *exit_weight, *exit_bias;                 /* [L,H,C] [L,C] */
@@ -72,10 +74,10 @@ static void pooled(const Heads *m, const float *restrict hidden, int64_t tokens,
     memcpy(out, hidden + at * size, (size_t)size * sizeof(float));
 }
 
-/* What the answers so far look like, as rl_exit.models.answers; memory: [last p, sum of p, votes] of C, then the last
- * answer, its run, and the entropy in nats. */
-static void figures(const Heads *m, int64_t layer, const float *restrict z, const float *before, float *restrict after,
-                    float *restrict x)
+/* What the answers so far look like, as rl_exit.models.answers; returns the log-odds of the answer. Memory: [last p,
+ * sum of p, votes] of C, then the last answer, its run, and the entropy in nats. */
+static float figures(const Heads *m, int64_t layer, const float *restrict z, const float *before, float *restrict after,
+                     float *restrict x)
 {
     const int64_t c = m->classes;
     const float log_classes = logf((float)c);
@@ -99,10 +101,9 @@ static void figures(const Heads *m, int64_t layer, const float *restrict z, cons
     const float entropy = log1pf(rest) - weighed * whole, relative = entropy / log_classes;
     for (int64_t i = 0; i < c; i++)
         after[i] *= whole;
-    float odds = -logf(rest > 1e-30f ? rest : 1e-30f);
-    odds = odds > 10.0f ? 10.0f : odds < -10.0f ? -10.0f : odds;
+    const float odds = -logf(rest > 1e-30f ? rest : 1e-30f);
     memset(x, 0, FIGURES * sizeof(float));
-    x[0] = odds / 3.0f;
+    x[0] = (odds > 10.0f ? 10.0f : odds < -10.0f ? -10.0f : odds) / 3.0f;
     x[1] = best - most * whole;
     x[2] = relative;
     x[3] = logf(relative > 1e-6f ? relative : 1e-6f) / 3.0f;
@@ -133,6 +134,7 @@ static void figures(const Heads *m, int64_t layer, const float *restrict z, cons
     after[3 * c] = (float)answer;
     after[3 * c + 1] = run;
     after[3 * c + 2] = entropy;
+    return odds;
 }
 
 static float policy(const Heads *m, int64_t head, const float *restrict x, float *restrict hidden)
@@ -190,8 +192,9 @@ int64_t rl_exit_decide(const Heads *m, int64_t layer, const float *hidden, int64
         }
         for (int64_t r = 0; r < count; r++) {
             const int64_t row = start + r;
-            figures(m, layer, z + r * c, before == NULL ? NULL : before + row * kept, after + row * kept, x);
-            odds[row] = policy(m, head, x, units);
+            odds[row] = figures(m, layer, z + r * c, before == NULL ? NULL : before + row * kept, after + row * kept, x);
+            if (m->width)
+                odds[row] = policy(m, head, x, units);
             leave[row] = odds[row] > cut;
             leaving += leave[row];
         }

@@ -61,27 +61,35 @@ class NativeExits:
     Args:
         exits: The exits.
         heads: What the policy answers; None: what the exits do.
-        policy: Heads that read the answers alone.
+        policy: Heads that read the answers alone; None: the probability of what would be answered is pi.
         pooling: ``"cls"``, ``"mean"`` or ``"last"``.
         decide: The compiled function.
     """
 
     def __init__(
-        self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads, pooling: str, decide: Callable[..., int]
+        self,
+        exits: ExitHeads,
+        heads: AnswerHeads | None,
+        policy: PolicyHeads | None,
+        pooling: str,
+        decide: Callable[..., int],
     ) -> None:
         self._decide = decide
         self._weights = _weights(exits, heads, policy)
         self._addresses = [weight.data_ptr() for weight in self._weights]
         wide = 0 if heads is None else heads.bias_in.shape[1]
-        sizes = (exits.num_layers, exits.hidden_size, exits.num_classes, policy.width, wide, POOLING[pooling])
+        width, shared = (0, 0) if policy is None else (policy.width, int(policy.shared))
+        sizes = (exits.num_layers, exits.hidden_size, exits.num_classes, width, wide, POOLING[pooling], shared)
         arrays = self._addresses if heads is not None else [*self._addresses[:2], *(None,) * 5, *self._addresses[2:]]
-        self._structure = _Heads(*sizes, int(policy.shared), *arrays)
+        self._structure = _Heads(*sizes, *arrays, *(None,) * (len(_ARRAYS) - len(arrays)))
         self._pointer = ctypes.addressof(self._structure)
         self._classes = exits.num_classes
         self._kept = 3 * exits.num_classes + 3
 
     @classmethod
-    def of(cls, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads, pooling: str) -> NativeExits | None:
+    def of(
+        cls, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None, pooling: str
+    ) -> NativeExits | None:
         """The compiled form; None where there is none on this machine, or the weights are not float32 on the CPU."""
         decide = _function()
         if decide is None:
@@ -95,7 +103,7 @@ class NativeExits:
         """Addresses mean nothing to a copy of the model, which makes its own at its first decision."""
         return _nothing, ()
 
-    def serves(self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads) -> bool:
+    def serves(self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> bool:
         """Whether it reads the memory of these modules."""
         return [weight.data_ptr() for weight in _weights(exits, heads, policy)] == self._addresses
 
@@ -140,9 +148,10 @@ class NativeExits:
         return Decision(answers, odds, leave, leaving)
 
 
-def _weights(exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads) -> list[Tensor]:
+def _weights(exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> list[Tensor]:
     own = [] if heads is None else [heads.scale, heads.weight_in, heads.bias_in, heads.weight_out, heads.bias_out]
-    return [exits.weight, exits.bias, *own, policy.weight_in, policy.bias_in, policy.weight_out, policy.bias_out]
+    decides = [] if policy is None else [policy.weight_in, policy.bias_in, policy.weight_out, policy.bias_out]
+    return [exits.weight, exits.bias, *own, *decides]
 
 
 def _nothing() -> None:

@@ -7,16 +7,13 @@ kept state store, one exact policy per reward and alpha.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from rl_exit.analysis import exit_figures
 from rl_exit.analysis.trade_off import default_alphas, points_of, policy_row, prices_of, reward_row
@@ -28,16 +25,14 @@ from rl_exit.evaluation import exit_layers, log_odds
 from rl_exit.files import read_json, write_json
 from rl_exit.measurement import losses_of
 from rl_exit.models.early_exit import EarlyExitModel
-from rl_exit.models.policy import PolicyHeads
 from rl_exit.progress import Display
 from rl_exit.seeding import derive_seed
 from rl_exit.trainers.analyse_hardness import hardness
+from rl_exit.trainers.exact_policy import exact_policy
 from rl_exit.trainers.kept_logits import kept_logits
-from rl_exit.trainers.policy_phase import train_policy
 from rl_exit.trainers.policy_store import answer_ids, fit_answers, policy_store
 from rl_exit.trainers.run_directory import RunDirectory, refuse_generation, versions
-from rl_exit.trainers.steps import policy_settings
-from rl_exit.trainers.store_evaluation import answers_of, evaluate_store, exit_logits_of
+from rl_exit.trainers.store_evaluation import answers_of, deciding_logits, evaluate_store, exit_logits_of
 from rl_exit.trainers.store_phase import model_fingerprint
 
 REWARDS = ("vanilla", "hardness", "correctness")
@@ -115,7 +110,7 @@ def _store(path: Path, results: dict[str, Any], split: str) -> StateStore:
 
 def _exits(path: Path, display: Display, dev: StateStore, model: EarlyExitModel, threshold: float) -> dict[str, Any]:
     """Fig. 2: the exits of both objectives on dev, on the same groups of instances: those of the finished model."""
-    odds = exit_logits_of(dev, model.policy, model.config.policy_inputs, answers_of(dev, model.answer_heads))
+    odds = deciding_logits(dev, model, answers_of(dev, model.answer_heads))
     left = exit_layers(odds, log_odds(threshold))
     before = _initial_logits(path, display, dev)
     labels = np.array(dev.labels)
@@ -160,6 +155,7 @@ def _rewards(
     if model.answer_heads is not None:
         fitted = fit_answers(train, derive_seed(config.seed, "answers", "analysis"), answer_ids(path, config.policy))
     own = None if fitted is None else answers_of(dev, fitted.heads)
+    seed = derive_seed(config.seed, "analysis")
     with (
         policy_store(train.path, inputs, None if fitted is None else fitted.answers) as store,
         display.step(f"{total} policies on the kept store", total) as bar,
@@ -167,36 +163,11 @@ def _rewards(
         for reward, values in alphas.items():
             points = []
             for alpha in values:
-                heads = _trained(config, store, model.policy, reward, alpha)
-                found = evaluate_store(dev, heads, results["metric"], PAPER_THRESHOLD, inputs, own)
+                heads = exact_policy(config, store, model.policy, seed, reward=reward, alpha=alpha)
+                odds = exit_logits_of(dev, heads, inputs, own)
+                found = evaluate_store(dev, odds, results["metric"], PAPER_THRESHOLD, own)
                 rows.append(policy_row(reward, alpha, found))
                 points += points_of(found, alpha)
                 bar.update(len(rows), f"{reward}, alpha {alpha:g}: exit {found.mean_exit_layer:.2f}")
             rewards[reward] = reward_row(points, reference, dev.num_layers)
     return {"rewards": rewards, "alphas": {reward: list(values) for reward, values in alphas.items()}, "policies": rows}
-
-
-def _trained(config: RunConfig, store: Path, policy: PolicyHeads, reward: str, alpha: float) -> PolicyHeads:
-    """A policy trained from scratch by the exact gradient."""
-    seed = derive_seed(config.seed, "analysis")
-    settings = replace(
-        policy_settings(config, seed),
-        algorithm="exact",
-        reward=reward,
-        alpha=alpha,
-        runner="columnar",
-        num_env_runners=0,
-        num_learners=0,
-        learner_gpu=False,
-        overlap=False,
-        # As the model has them: an earlier version's configuration may not say.
-        width=policy.width,
-        shared=policy.shared,
-    )
-    heads = copy.deepcopy(policy)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        heads.reset_parameters()
-    start = {name: value.detach().clone() for name, value in heads.state_dict().items()}
-    heads.load_state_dict(train_policy(store, start, settings).weights)
-    return heads

@@ -38,7 +38,7 @@ from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.progress import Display
 from rl_exit.seeding import derive_seed
 from rl_exit.trainers.run_directory import RunDirectory
-from rl_exit.trainers.store_evaluation import answers_of, exit_logits_of
+from rl_exit.trainers.store_evaluation import answers_of, deciding_logits
 from rl_exit.trainers.store_phase import build_store, model_fingerprint
 
 FORMAT = 3
@@ -146,6 +146,7 @@ class _Exits:
             "format": FORMAT,
             "model": _stamp(self.model_folder / "model.safetensors"),
             "policy": _stamp(self.policy_folder / "model.safetensors") if self.policy_folder else None,
+            **self._rule(),
         }
         known = self.folder / "evidence.json"
         if known.is_file():
@@ -157,6 +158,11 @@ class _Exits:
         shutil.rmtree(self.folder, ignore_errors=True)
         write_json(known, {"stamp": stamp, "fingerprint": found})
         return found
+
+    def _rule(self) -> dict[str, str]:
+        """What decides in place of the policy heads, if anything."""
+        rule = read_json(self.policy_folder / "config.json").get("policy_rule") if self.policy_folder else None
+        return {} if rule in (None, "learned") else {"rule": str(rule)}
 
     def _has_policy(self) -> bool:
         """Whether a policy was trained on these exits."""
@@ -188,8 +194,7 @@ class _Exits:
                     assert self.policy_folder is not None  # usable words only
                     model = self._model(self.policy_folder)
                     answers = answers_of(store, model.answer_heads)
-                    odds = exit_logits_of(store, model.policy, model.config.policy_inputs, answers)
-                    asked = replace(stored, exit_logits=odds)
+                    asked = replace(stored, exit_logits=deciding_logits(store, model, answers))
                     if answers is not None:
                         kept[f"answers.{word}"] = answers.argmax(-1).astype(np.int64)
                 kept[f"score.{word}"] = scores_from_store(self._criterion(word), asked)

@@ -53,6 +53,8 @@ def finish(run: RunDirectory, display: Display, best: dict[str, Any]) -> dict[st
         "seed": config.seed,
         "num_layers": model.num_layers,
         "threshold": best["threshold"],
+        "policy_rule": model.config.policy_rule,
+        "policy_trial": _trial(run, best["round"]),
         "best_round": best["round"],
         "dev": None,
         "test": None,
@@ -82,6 +84,12 @@ def finish(run: RunDirectory, display: Display, best: dict[str, Any]) -> dict[st
     shutil.copyfile(run.path / "config.yaml", run.path / "model" / "training.yaml")
     write_json(run.path / "results.json", results)
     return {"best_round": best["round"]}
+
+
+def _trial(run: RunDirectory, number: int) -> dict[str, Any] | None:
+    """How the round's policy did against confidence; None where it was not tried."""
+    found: dict[str, Any] = read_json(run.path / "steps" / f"round-{number}-policy.json")["results"]
+    return found.get("trial")
 
 
 def _all_exits(model: EarlyExitModel, instances: Instances, metric: str) -> SplitResult:

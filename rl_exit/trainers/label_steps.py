@@ -25,11 +25,12 @@ from rl_exit.progress import Display, Progress
 from rl_exit.seeding import derive_seed
 from rl_exit.trainers.finish import finish
 from rl_exit.trainers.policy_phase import PolicyProgress, train_policy
-from rl_exit.trainers.policy_store import answer_ids, fit_answers, policy_store
+from rl_exit.trainers.policy_store import Answers, answer_ids, fit_answers, policy_store
 from rl_exit.trainers.run_clock import policy_in_words
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
+from rl_exit.trainers.safe_policy import FOLDS, PolicyTrial, try_policy
 from rl_exit.trainers.steps import policy_settings, policy_source, save_split
-from rl_exit.trainers.store_evaluation import answers_of, evaluate_store
+from rl_exit.trainers.store_evaluation import answers_of, deciding_logits, evaluate_store
 from rl_exit.trainers.store_phase import build_store
 from rl_exit.trainers.workers import Workers
 
@@ -140,10 +141,29 @@ class LabelSteps:
         for warning in outcome.warnings:
             self.display.say(f"warning: {warning}")
         model.policy.load_state_dict(outcome.weights)
+        kept_of_it: dict[str, Any] = {"warnings": list(outcome.warnings)}
+        if model.answer_heads is not None:
+            kept_of_it["own_answers"] = list(fitted.better)
+        model.config.policy_rule = "learned"
+        if c.tries_policy:
+            trial = self._trial(number, model, answers, {"cost": settings.cost})
+            model.config.policy_rule = "learned" if trial.better else "confidence"
+            kept_of_it["trial"] = trial.to_dict()
         model.save_pretrained(self._round(number) / "model")
         shutil.rmtree(self._round(number) / "policy-checkpoint", ignore_errors=True)
-        own = {} if model.answer_heads is None else {"own_answers": list(fitted.better)}
-        return {"warnings": list(outcome.warnings), **own}
+        return kept_of_it
+
+    def _trial(
+        self, number: int, model: EarlyExitModel, answers: Answers | None, changes: dict[str, Any]
+    ) -> PolicyTrial:
+        """The policy against confidence, on instances that the exits were not fitted to."""
+        held = Instances.open(self.run.instances("held")).ids
+        metric = read_json(self.run.path / "data" / "task.json")["metric"]
+        with self.display.step(f"round {number}: policy tried against confidence", FOLDS) as progress:
+            kept = self._round(number) / "store-train"
+            trial = try_policy(self.config, kept, model.policy, metric, held, answers, changes, progress.update)
+        self.display.say(trial.in_words())
+        return trial
 
     def _measured_cost(self, number: int, model: EarlyExitModel) -> tuple[float, ...]:
         """Time of leaving at each layer, in layers; measured once in a round and kept, so that a resumed run agrees."""
@@ -164,8 +184,10 @@ class LabelSteps:
         store = StateStore.open(self._round(number) / "store-dev")
         answers = answers_of(store, model.answer_heads)
 
+        odds = deciding_logits(store, model, answers)
+
         def at(threshold: float) -> SplitResult:
-            return evaluate_store(store, model.policy, metric, threshold, c.policy.inputs, answers)
+            return evaluate_store(store, odds, metric, threshold, answers)
 
         if c.inference.threshold != "auto":
             return at(float(c.inference.threshold))

@@ -104,9 +104,24 @@ def policy_store(path: Path, inputs: Inputs, answers: Answers | None = None) -> 
         shutil.rmtree(derived, ignore_errors=True)
 
 
-def derive(store: StateStore, inputs: Inputs, path: Path, answers: Answers | None = None) -> StateStore:
-    """Write the store of the policy's input; labels are those of the state store, losses those of what it answers."""
+def derive(
+    store: StateStore,
+    inputs: Inputs,
+    path: Path,
+    answers: Answers | None = None,
+    only: npt.NDArray[np.int64] | None = None,
+) -> StateStore:
+    """Write the store of the policy's input; labels are those of the state store, losses those of what it answers.
+
+    Args:
+        store: The state store.
+        inputs: What the policy reads.
+        path: Folder to write.
+        answers: As in :func:`policy_store`.
+        only: Rows that are written, ascending; None: all.
+    """
     layout = store.layout
+    wanted = np.arange(store.num_instances) if only is None else only
     with StateStoreWriter(
         path,
         store.num_layers,
@@ -117,8 +132,8 @@ def derive(store: StateStore, inputs: Inputs, path: Path, answers: Answers | Non
         instances=store.instances_fingerprint,
         model=store.model_fingerprint,
     ) as writer:
-        for start in range(0, store.num_instances, BLOCK):
-            rows = np.arange(start, min(start + BLOCK, store.num_instances))
+        for start in range(0, len(wanted), BLOCK):
+            rows = wanted[start : start + BLOCK]
             records = store.records(rows)
             given = stored_policy_input(store, inputs, rows, answers).numpy()
             said = records.losses, records.correct, records.logits

@@ -85,7 +85,7 @@ def policy_source(run: RunDirectory) -> Path:
 
 def policy_settings(config: RunConfig, seed: int) -> PolicyPhaseSettings:
     """The policy phase's plain values out of a configuration."""
-    policy = config.policy.model_dump(exclude={"inputs", "answer", "answer_on", "holdout", "instances"})
+    policy = config.policy.model_dump(exclude={"inputs", "answer", "answer_on", "holdout", "instances", "safe"})
     return PolicyPhaseSettings(
         algorithm=config.algorithm,
         # Of tokens whose store says "agrees" where others say "correct", it is the same reward.

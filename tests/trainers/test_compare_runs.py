@@ -199,7 +199,7 @@ def test_a_second_call_reads_what_the_first_kept(make: Maker, monkeypatch: pytes
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("computed again")
 
-    for name in ("build_store", "scores_from_store", "exit_logits_of", "model_fingerprint"):
+    for name in ("build_store", "scores_from_store", "deciding_logits", "model_fingerprint"):
         monkeypatch.setattr(compare_evidence, name, refuse)
     again = run_evidence(RunDirectory.open(path), "test", WORDS, Silent())
     for name, exits in first.sets.items():
