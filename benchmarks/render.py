@@ -191,6 +191,27 @@ def own_answers(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def policy_trials(tree: dict[str, Any]) -> str:
+    """Learned policies against confidence, from benchmarks/policy_trials.py."""
+    rows = [
+        [
+            one["task"],
+            str(one["seed"]),
+            str(one["instances"]),
+            f"{one['gain']:+.2f}",
+            f"{one['interval'][0]:+.2f} to {one['interval'][1]:+.2f}",
+            "the policy" if one["better"] else "confidence",
+        ]
+        for one in tree["rows"]
+    ]
+    header = ["task", "seed", "instances new to it", "gain in area, points", "95 %", "who decides"]
+    took = ", ".join(f"{one['seconds']:.0f}" for one in tree["rows"])
+    return (
+        f"{markdown_table(header, rows)}\n`{tree['command']}`, {tree['date'][:10]}, torch {tree['versions']['torch']}; "
+        f"seconds each: {took}.\n"
+    )
+
+
 def _summary(tree: dict[str, Any]) -> list[list[str]]:
     rows = []
     for point, words in POINTS.items():
@@ -548,6 +569,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "curves": ("curves-*", curves),
     "written": ("writing-*", written),
     "answers": ("answers-*", own_answers),
+    "safe": ("policy-trials", policy_trials),
     "criteria": ("criteria", criteria_time),
 }
 # Image -> (results file, drawing).

@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -80,22 +81,42 @@ def serving(model: str, *words: str) -> Iterator[Server]:
         log.close()
 
 
+@dataclass(frozen=True)
+class Texts:
+    """What requests are made of: texts of a task that no part of the model was trained on.
+
+    Attributes:
+        task: Its name.
+        path: Folder of its files; None: the built-in task, or the hub.
+        joined: How many of them make one text of a request, drawn: mixed lengths beyond the task's own.
+    """
+
+    task: str = "docstrings"
+    path: str | None = None
+    joined: tuple[int, ...] = (1, 1, 1, 1, 2, 2, 4, 8)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Texts:
+        """As the command line says."""
+        return cls(args.task, args.task_path, tuple(args.joined))
+
+    def requests(self, count: int, seed: int, sizes: list[int]) -> list[list[str]]:
+        """Requests of mixed sizes with texts of mixed lengths."""
+        rng, known = random.Random(seed), _texts_of(self.task, self.path)
+        return [
+            [" ".join(rng.choices(known, k=rng.choice(self.joined))) for _ in range(rng.choice(sizes))]
+            for _ in range(count)
+        ]
+
+
 @cache
-def sentences() -> list[str]:
-    """Texts of the built-in task's test split."""
+def _texts_of(task: str, path: str | None) -> list[str]:
+    """Texts of the test split, or of dev where the task has none."""
     from rl_exit.config import TaskConfig
     from rl_exit.data.tasks import load_task
 
-    return load_task(TaskConfig(name="docstrings"), 0).splits["test"].texts
-
-
-def mixed_requests(count: int, seed: int, sizes: list[int]) -> list[list[str]]:
-    """Requests of mixed sizes with texts of mixed lengths: half of them one sentence, the others two, four or eight."""
-    rng, known = random.Random(seed), sentences()
-    return [
-        [" ".join(rng.choices(known, k=rng.choices((1, 2, 4, 8), (4, 2, 1, 1))[0])) for _ in range(rng.choice(sizes))]
-        for _ in range(count)
-    ]
+    splits = load_task(TaskConfig(name=task, path=path), 0).splits
+    return splits["test" if "test" in splits else "dev"].texts
 
 
 async def poisson(
@@ -105,6 +126,7 @@ async def poisson(
     seed: int,
     extra: dict[str, Any] | None = None,
     sizes: list[int] | None = None,
+    texts: Texts | None = None,
 ) -> dict[str, Any]:
     """Open loop: requests come when a Poisson process says so, whatever the server does with those before.
 
@@ -113,7 +135,7 @@ async def poisson(
     rng = np.random.default_rng(seed)
     due = np.cumsum(rng.exponential(1 / rate, int(rate * seconds * 1.2) + 20))
     due = due[due < seconds]
-    requests = mixed_requests(len(due), seed, sizes or [1])
+    requests = (texts or Texts()).requests(len(due), seed, sizes or [1])
     took: list[float] = []
     layers: list[int] = []
     faults: Counter[str] = Counter()
@@ -121,9 +143,9 @@ async def poisson(
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(120)) as session:
         started = time.perf_counter()
 
-        async def ask(at: float, texts: list[str]) -> None:
+        async def ask(at: float, some: list[str]) -> None:
             try:
-                body = {"texts": texts, **(extra or {})}
+                body = {"texts": some, **(extra or {})}
                 async with session.post(f"{address}/v1/predict/batch", json=body) as response:
                     found = await response.json()
                     if response.status != 200:
@@ -135,11 +157,11 @@ async def poisson(
                 faults[type(error).__name__] += 1
 
         tasks = []
-        for at, texts in zip(due.tolist(), requests, strict=True):
+        for at, some in zip(due.tolist(), requests, strict=True):
             wait = at - (time.perf_counter() - started)
             if wait > 0:
                 await asyncio.sleep(wait)
-            tasks.append(asyncio.create_task(ask(at, texts)))
+            tasks.append(asyncio.create_task(ask(at, some)))
         await asyncio.gather(*tasks)
         wall = time.perf_counter() - started
     quantiles = np.percentile(took, [50, 95, 99]) if took else [float("nan")] * 3
@@ -164,6 +186,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         "plain": (["--batching=plain", f"--batch-size={args.plain_batch_size}", "--deadline-ms=5"], {}),
     }
     rows: dict[str, list[dict[str, Any]]] = {}
+    texts = Texts.of(args)
     with serving(args.model, *variants["pooled"][0]) as pooled, serving(args.model, *variants["plain"][0]) as plain:
         kinds = {
             "pooled": (pooled.address, {}),
@@ -171,13 +194,13 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
             "full_depth": (plain.address, {"operating_point": "full-depth"}),
         }
         for address, extra in kinds.values():
-            asyncio.run(poisson(address, 10, 2, 99, extra, args.sizes))  # warm
+            asyncio.run(poisson(address, 10, 2, 99, extra, args.sizes, texts))  # warm
         over: set[str] = set()
         for rate in args.rates:
             for kind, (address, extra) in kinds.items():
                 if kind in over:
                     continue
-                found = asyncio.run(poisson(address, rate, args.seconds, int(rate), extra, args.sizes))
+                found = asyncio.run(poisson(address, rate, args.seconds, int(rate), extra, args.sizes, texts))
                 rows.setdefault(kind, []).append(found)
                 print(kind, json.dumps(found), file=sys.stderr)
                 if found["p95_ms"] > args.most_p95_ms:
@@ -191,6 +214,8 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "settings": {kind: words for kind, (words, _) in variants.items()},
         "texts_per_request": args.sizes,
+        "task": texts.task,
+        "joined": texts.joined,
         "rows": rows,
         "throughput_at_p95_ms": at_equal,
         "pooled_vs_plain": ratios,
@@ -288,7 +313,8 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
     model = EarlyExitModel.from_pretrained(args.model).eval()
     rules = measure_rules(model, args.batch_size, 0.002)
     service = ModelService(model, rules)
-    texts = service.tokenised([request[0] for request in mixed_requests(args.texts, args.seed, [1])], None)
+    drawn = Texts.of(args).requests(args.texts, args.seed, [1])
+    texts = service.tokenised([request[0] for request in drawn], None)
     rule = service.rule_for(Wish())
 
     def pooled(**changes: Any) -> None:
@@ -313,6 +339,8 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
             runs[kind].append(args.texts / (time.perf_counter() - started))
     service.close()
     return {
+        "task": args.task,
+        "joined": args.joined,
         "texts": args.texts,
         "overhead_tokens": rules.overhead,
         "batch_tokens": rules.batch_tokens,
@@ -444,6 +472,9 @@ def main() -> None:
         sub.add_argument("--batch-size", type=int, default=32)
         sub.add_argument("--plain-batch-size", type=int, default=8)
         sub.add_argument("--sizes", type=int, nargs="+", default=[1, 1, 2, 4, 8], help="Texts per request, drawn.")
+        sub.add_argument("--task", default="docstrings", help="Whose texts are asked (load, engine).")
+        sub.add_argument("--task-path", help="Folder of its files.")
+        sub.add_argument("--joined", type=int, nargs="+", default=list(Texts.joined), help="How many in one, drawn.")
         sub.add_argument("--replicas", type=int, default=2)
         sub.add_argument("--kills", type=int, default=2)
         sub.add_argument("--minutes", type=float, default=10.0)
@@ -454,8 +485,11 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started = time.monotonic()
     found = args.work(args)
+    words = shlex.join(sys.argv[1:])
+    if args.task_path:
+        words = words.replace(args.task_path, "DATA")
     record = {
-        "command": "python benchmarks/serving.py " + shlex.join(w for w in sys.argv[1:]).replace(args.model, "MODEL"),
+        "command": "python benchmarks/serving.py " + words.replace(args.model, "MODEL"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),

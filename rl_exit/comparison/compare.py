@@ -293,6 +293,7 @@ class _Comparison:
             },
             "oracle": self._oracle(group),
             "consistentee": ours,
+            "by_confidence": [run.seed for run in group.runs if run.policy_rule == "confidence"],
             "best_baseline": best,
             "difference": self._gains(ours, best, seeds),
             "against_first": against,

@@ -103,11 +103,13 @@ class SeedRun:
         run: Where it is.
         sets: Exit sets by name; the initial one gives full depth. Where a run has one set for both, it stands once,
             as ``final``.
+        policy_rule: What ConsistentEE's pi is in it: ``learned``, or ``confidence`` (``policy.safe``).
     """
 
     seed: int
     run: str
     sets: Mapping[str, ExitSet]
+    policy_rule: str = "learned"
 
     @property
     def reference(self) -> ExitSet:

@@ -179,6 +179,11 @@ def verdicts(tree: Tree) -> list[str]:
             f"({method_name(tree, gain['baseline'])}) {100 * other['saved_layers']:.1f} %: a difference of "
             f"{gain_text(gain)} points, {said}{gap}"
         )
+    if sentences and (seeds := next(group for group in tree["groups"] if group["main"]).get("by_confidence")):
+        sentences.append(
+            f"with seed {', '.join(map(str, seeds))} ConsistentEE leaves by confidence, as max probability does: on "
+            "training instances new to it the policy was no better (policy.safe)"
+        )
     return sentences
 
 

@@ -81,7 +81,7 @@ def run_evidence(
         found = {
             name: replace(one, split=_at(one.split, costs), dev=_at(one.dev, costs)) for name, one in found.items()
         }
-    return SeedRun(run.config.seed, str(run.path), found)
+    return SeedRun(run.config.seed, str(run.path), found, final.rule)
 
 
 def _measured_costs(run: RunDirectory, split: str, display: Display) -> npt.NDArray[np.float64]:
@@ -146,7 +146,7 @@ class _Exits:
             "format": FORMAT,
             "model": _stamp(self.model_folder / "model.safetensors"),
             "policy": _stamp(self.policy_folder / "model.safetensors") if self.policy_folder else None,
-            **self._rule(),
+            **({} if self.rule == "learned" else {"rule": self.rule}),
         }
         known = self.folder / "evidence.json"
         if known.is_file():
@@ -159,10 +159,11 @@ class _Exits:
         write_json(known, {"stamp": stamp, "fingerprint": found})
         return found
 
-    def _rule(self) -> dict[str, str]:
-        """What decides in place of the policy heads, if anything."""
-        rule = read_json(self.policy_folder / "config.json").get("policy_rule") if self.policy_folder else None
-        return {} if rule in (None, "learned") else {"rule": str(rule)}
+    @property
+    def rule(self) -> str:
+        """By what the policy's model decides: ``learned`` heads, or ``confidence``."""
+        found = read_json(self.policy_folder / "config.json").get("policy_rule") if self.policy_folder else None
+        return str(found or "learned")
 
     def _has_policy(self) -> bool:
         """Whether a policy was trained on these exits."""

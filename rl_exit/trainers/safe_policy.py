@@ -39,6 +39,7 @@ from rl_exit.trainers.store_evaluation import exit_logits_of
 
 FOLDS = 5
 REPLICATES = 200
+_SLACK = 1e-9  # points; no real difference is this small
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def try_policy(
     gain = 100.0 * (areas[0] - areas[1])
     between = interval(gain)
     assert between is not None  # there are replicates
-    return PolicyTrial(bool(gain[0] > 0.0), float(gain[0]), between, len(new), folds)
+    return PolicyTrial(bool(gain[0] > _SLACK), float(gain[0]), between, len(new), folds)
 
 
 def _areas(split: Split, metric: str, seed: int, *scores: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float64]]:
