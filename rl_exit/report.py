@@ -211,6 +211,8 @@ def _read_metrics(path: Path) -> dict[str, list[Any]] | str:
 def _facts(results: Mapping[str, Any], metric: str) -> list[tuple[str, Any]]:
     facts = [(key, results.get(key)) for key in ("task", "algorithm", "seed")]
     facts += [("layers", results["num_layers"]), ("metric", metric), ("threshold", _number(results.get("threshold")))]
+    if results.get("policy_rule") == "confidence":
+        facts.append(("leaves by", "confidence: the policy was no better on instances new to it"))
     return [(name, value) for name, value in facts if value not in (None, "")]
 
 

@@ -179,6 +179,8 @@ def test_a_run_ends_with_the_rule_that_the_trial_chose(tiny_run: list[str], monk
     assert asked == [sorted(Instances.open(path / "data" / "held.arrow").ids.tolist())]
     model = EarlyExitModel.from_pretrained(path / "model")
     assert model.config.policy_rule == rule
+    for told, words in (("model/README.md", "was no better"), ("report/index.html", "no better on instances new")):
+        assert (words in (path / told).read_text()) == (not better)
     store = StateStore.open(path / "rounds" / "1" / "store-dev")
     answers = None if model.answer_heads is None else np.array(model.answers(*_stored(store)).detach())
     odds = deciding_logits(store, model, answers)
