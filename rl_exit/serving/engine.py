@@ -23,6 +23,8 @@ from rl_exit.serving.steps import Passage, run_step
 
 Result = TypeVar("Result")
 
+PACKED_TOKENS = 256  # of MiniLM's size, attention over so many is a tenth of a layer; it grows with the square
+
 
 @dataclass(frozen=True)
 class Left:
@@ -195,8 +197,10 @@ def measure_rules(model: Any, batch_size: int, deadline: float) -> PoolRules:
         deadline: Seconds, as in :class:`rl_exit.serving.pool.PoolRules`.
 
     Returns:
-        Rules with ``overhead`` and ``batch_tokens`` as measured within about a second.
+        Rules with ``overhead`` and ``batch_tokens`` as measured within about a second; rows are packed where the
+        backbone can run them without padding, and on a CPU, where every token costs.
     """
+    packed = PACKED_TOKENS if model.backbone.packs and model.device.type == "cpu" else 0
     length = min(32, model.max_length)
     sizes = [size for size in (1, 2, 4, 8, 16, 32) if size <= batch_size]
     took = {size: min(_time_step(model, size, length) for _ in range(5)) for size in sizes}
@@ -205,12 +209,12 @@ def measure_rules(model: Any, batch_size: int, deadline: float) -> PoolRules:
     # Of the sizes that are about as good as the best, the smallest: it makes others wait least.
     enough = next(size for size in sizes if per_row[size] <= 1.05 * per_row[best])
     if best == 1:
-        return PoolRules(batch_size, deadline, 0.0, length)
+        return PoolRules(batch_size, deadline, 0.0, length, packed)
     # took = a + b * size * length through the single row and the best size.
     slope = (took[best] - took[1]) / (best - 1)
     overhead = max(took[1] - slope, 0.0) / max(slope / length, 1e-9)
     limit = enough * length if enough < sizes[-1] else batch_size * model.max_length
-    return PoolRules(batch_size, deadline, overhead, limit)
+    return PoolRules(batch_size, deadline, overhead, limit, packed)
 
 
 @torch.inference_mode()

@@ -47,12 +47,15 @@ class PoolRules:
             than a step of its own. 10 to 30 on a CPU, thousands on a GPU; infinity pads without limit.
         batch_tokens: Most tokens in a step, padding included; a single row may exceed it. On a CPU large steps fall out
             of the cache.
+        packed_tokens: Most real tokens in a step whose rows run end to end, without padding: within it the length of a
+            row is no reason to leave it out. Attention then grows with its square; 0 where rows cannot be packed.
     """
 
     batch_size: int = 32
     deadline: float = 0.005
     overhead: float = 16.0
     batch_tokens: int = 4096
+    packed_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_tokens < 1:
@@ -92,8 +95,8 @@ class RequestPool(Generic[Payload]):
     2. some layer has a full batch: the deepest of these, so that rows leave and memory is freed;
     3. otherwise the shallowest, so that its rows catch up with those that wait further on and run with them.
 
-    The step begins with the row of that layer that has waited longest, and takes those along whose length is near its
-    own (see :class:`PoolRules`). No row starves: what has waited longest among the overdue is always in the next step.
+    The step begins with the row of that layer that has waited longest, and takes those along whose length is nearest to
+    its own (see :class:`PoolRules`). No row starves: what has waited longest among the overdue is always in the next step.
 
     Args:
         num_layers: L.
@@ -152,27 +155,37 @@ class RequestPool(Generic[Payload]):
         return full[-1] if full else held[0]
 
     def _companions(self, queue: _Queue[Payload]) -> list[int]:
-        """Numbers of the rows that run, longest first: the oldest, and those near in length that pay for themselves."""
+        """Numbers of the rows that run, longest first: the oldest, and those nearest to it in length that fit.
+
+        One fits where its padding, or what it makes of the others', pays for itself and the step stays small enough;
+        or where all of them are few enough tokens to run without padding.
+        """
         rules, order = self.rules, queue.by_length
         number, first = next(iter(queue.by_age.items()))
         low = bisect_left(order, (first.length, number))
         high = low + 1  # order[low:high] runs
-        longest = first.length
-        while high - low < rules.batch_size:
-            count = high - low
-            # Padding that the shorter neighbour would have, and that the longer one would give all others.
-            below = longest - order[low - 1][0] if low else None
-            above = (order[high][0] - longest) * count if high < len(order) else None
-            if above is not None and (below is None or above < below):
-                if above > rules.overhead or order[high][0] * (count + 1) > rules.batch_tokens:
-                    above = None
-            else:
-                above = None
-            if above is not None:
-                longest = order[high][0]
-                high += 1
-            elif below is not None and below <= rules.overhead and longest * (count + 1) <= rules.batch_tokens:
-                low -= 1
-            else:
+        longest = total = first.length
+        even = True  # no row has more padding than pays for itself
+        while (count := high - low) < rules.batch_size:
+            near = []
+            if low:
+                near.append((longest - order[low - 1][0], order[low - 1][0], False))
+            if high < len(order):
+                near.append(((order[high][0] - longest) * count, order[high][0], True))
+            fitting = (
+                (length, above, pays)
+                for padding, length, above in sorted(near)
+                if (pays := even and padding <= rules.overhead and self._small(max(longest, length), count + 1))
+                or total + length <= rules.packed_tokens
+            )
+            found = next(fitting, None)
+            if found is None:
                 break
+            length, above, even = found
+            low, high = (low, high + 1) if above else (low - 1, high)
+            longest, total = max(longest, length), total + length
         return [number for _, number in reversed(order[low:high])]
+
+    def _small(self, longest: int, rows: int) -> bool:
+        """Whether a padded step is small enough."""
+        return longest * rows <= self.rules.batch_tokens

@@ -81,7 +81,7 @@ def run_step(model: LayeredModel, layer: int, passages: Sequence[Passage], pad_t
     if model.training or not passages:
         raise ValueError("run_step needs passages and a model in evaluation mode")
     order, state, parts = _begin(model, passages, pad_token_id) if layer == 1 else _gather(passages)
-    state = model.backbone.step(layer, state)
+    state = model.backbone.step(layer, state, pack=state.hidden.is_cpu)
     left: list[int] = []
     stay: list[int] = []
     logits = []

@@ -55,7 +55,13 @@ def _count(model: Any) -> int:
 
 def _bert_like(name: str, embed: Embed = _embed) -> Family:
     return Family(
-        name=name, causal=False, embed=embed, run_layer=_run, count_layers=_count, objection=_causal_objection
+        name=name,
+        causal=False,
+        embed=embed,
+        run_layer=_run,
+        count_layers=_count,
+        objection=_causal_objection,
+        packs=True,
     )
 
 
@@ -78,6 +84,7 @@ DISTILBERT = Family(
     embed=_distilbert_embed,
     run_layer=_distilbert_run,
     count_layers=lambda model: len(model.transformer.layer),
+    packs=True,
 )
 
 
@@ -109,4 +116,5 @@ ALBERT = Family(
     run_layer=_albert_run,
     count_layers=lambda model: int(model.config.num_hidden_layers),
     objection=_albert_objection,
+    packs=True,
 )
