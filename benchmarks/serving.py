@@ -182,7 +182,7 @@ async def poisson(
 def load(args: argparse.Namespace) -> dict[str, Any]:
     """Pooled, plain and full depth in turn at rising loads, until one is overloaded."""
     variants: dict[str, tuple[list[str], dict[str, Any]]] = {
-        "pooled": (["--batching=pooled", f"--batch-size={args.batch_size}", "--deadline-ms=2"], {}),
+        "pooled": (["--batching=pooled", f"--batch-size={args.batch_size}", "--deadline-ms=0"], {}),
         "plain": (["--batching=plain", f"--batch-size={args.plain_batch_size}", "--deadline-ms=5"], {}),
     }
     rows: dict[str, list[dict[str, Any]]] = {}

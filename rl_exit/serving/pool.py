@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from rl_exit.errors import ConfigError
 
 Payload = TypeVar("Payload")
+MANY = 4  # packed steps' worth of tokens at a layer: then rows of one length are found, and nobody waits long for it
 
 
 @dataclass(eq=False, slots=True)
@@ -67,18 +68,21 @@ class PoolRules:
 
 
 class _Queue(Generic[Payload]):
-    """Rows that wait for one layer, by age and by length."""
+    """Rows that wait for one layer, by age and by length; ``tokens``: of all of them."""
 
     def __init__(self) -> None:
+        self.tokens = 0
         self.by_age: OrderedDict[int, Row[Payload]] = OrderedDict()
         self.by_length: list[tuple[int, int]] = []  # (length, number of the row)
 
     def add(self, number: int, row: Row[Payload]) -> None:
         self.by_age[number] = row
+        self.tokens += row.length
         insort(self.by_length, (row.length, number))
 
     def remove(self, number: int) -> Row[Payload]:
         row = self.by_age.pop(number)
+        self.tokens -= row.length
         del self.by_length[bisect_left(self.by_length, (row.length, number))]
         return row
 
@@ -96,7 +100,8 @@ class RequestPool(Generic[Payload]):
     3. otherwise the shallowest, so that its rows catch up with those that wait further on and run with them.
 
     The step begins with the row of that layer that has waited longest, and takes those along whose length is nearest to
-    its own (see :class:`PoolRules`). No row starves: what has waited longest among the overdue is always in the next step.
+    its own, or, where rows can run without padding and not many wait, those that came after it (see
+    :class:`PoolRules`). No row starves: what has waited longest among the overdue is always in the next step.
 
     Args:
         num_layers: L.
@@ -141,7 +146,9 @@ class RequestPool(Generic[Payload]):
         queue = self._choose(now)
         if queue is None:
             return []
-        return [queue.remove(number) for number in self._companions(queue)]
+        few = queue.tokens <= MANY * self.rules.packed_tokens
+        numbers = self._oldest(queue) if few else self._companions(queue)
+        return [queue.remove(number) for number in numbers]
 
     def _choose(self, now: float) -> _Queue[Payload] | None:
         held = [queue for queue in self._queues if queue.by_age]
@@ -153,6 +160,17 @@ class RequestPool(Generic[Payload]):
             return min(overdue, key=lambda queue: queue.oldest().arrived)
         full = [queue for queue in held if len(queue.by_age) >= self.rules.batch_size]
         return full[-1] if full else held[0]
+
+    def _oldest(self, queue: _Queue[Payload]) -> list[int]:
+        """Numbers of the rows that have waited longest, as many as run without padding, longest first."""
+        rules, tokens = self.rules, 0
+        taken: list[tuple[int, int]] = []
+        for number, row in queue.by_age.items():
+            tokens += row.length
+            if taken and (tokens > rules.packed_tokens or len(taken) == rules.batch_size):
+                break
+            taken.append((row.length, number))
+        return [number for _, number in sorted(taken, reverse=True)]
 
     def _companions(self, queue: _Queue[Payload]) -> list[int]:
         """Numbers of the rows that run, longest first: the oldest, and those nearest to it in length that fit.
