@@ -63,6 +63,8 @@ class PoolRules:
             raise ConfigError(
                 f"batch_size = {self.batch_size}, batch_tokens = {self.batch_tokens}; accepted: whole numbers from 1"
             )
+        if self.packed_tokens < 0:
+            raise ConfigError(f"packed_tokens = {self.packed_tokens}; accepted: whole numbers from 0")
         if not self.deadline >= 0 or not self.overhead >= 0:
             raise ConfigError(f"deadline = {self.deadline}, overhead = {self.overhead}; accepted: 0 or more")
 

@@ -264,6 +264,46 @@ def test_joined_batches_go_on_as_if_alone(name: str, attention: str, shorter_fir
             start += 1
 
 
+@every_variant
+def test_rows_run_end_to_end_as_they_do_alone(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = build(name, attention)
+    batch = make_batch()
+    runs: list[tuple[int, ...]] = []
+    once = SteppedBackbone._packed_step
+
+    def counted(self: SteppedBackbone, layer: int, state: StepState) -> StepState:
+        runs.append(tuple(state.hidden.shape))
+        return once(self, layer, state)
+
+    monkeypatch.setattr(SteppedBackbone, "_packed_step", counted)
+    monkeypatch.setattr(SteppedBackbone, "_packing_pays", lambda self, state: True)
+    packed = padded = backbone.begin(**batch)
+    for layer in range(1, backbone.num_layers + 1):
+        packed, padded = backbone.step(layer, packed, pack=True), backbone.step(layer, padded)
+        assert difference(packed.hidden, padded.hidden, batch["attention_mask"]) < 1e-5
+        assert packed.hidden.shape == padded.hidden.shape and bool(packed.hidden.isfinite().all())
+    assert len(runs) == (backbone.num_layers if backbone.packs else 0)
+    rows = torch.tensor([2, 0])
+    on, off = (backbone.step(1, backbone.begin(**batch).select(rows), pack=pack).hidden for pack in (True, False))
+    assert difference(on, off, batch["attention_mask"][rows]) < 1e-5
+    full = make_batch((4, 4))
+    before = len(runs)
+    backbone.step(1, backbone.begin(**full), pack=True)
+    assert len(runs) == before, "without padding there is nothing to gain"
+
+
+def test_packing_pays_where_padding_costs_more_than_attention_over_all() -> None:
+    backbone = build("bert")
+    per_token = 5.0 * backbone.hidden_size
+    for lengths in ((1, 1, 1, 40), (40, 39, 40, 40), (3, 2)):
+        state = backbone.begin(**make_batch(lengths))
+        tokens, whole = sum(lengths), len(lengths) * max(lengths)
+        pays = tokens + tokens**2 / per_token < whole + whole * max(lengths) / per_token
+        assert backbone._packing_pays(state) == pays
+    assert backbone._packing_pays(backbone.begin(**make_batch((1, 1, 1, 40))))
+    assert not backbone._packing_pays(backbone.begin(**make_batch((40, 39, 40, 40))))
+
+
 def test_what_cannot_be_joined_is_refused() -> None:
     one, two = build("bert"), build("bert")
     with pytest.raises(ValueError, match="one backbone"):

@@ -86,9 +86,38 @@ def test_limits_of_a_step() -> None:
     assert [lengths_of(pool.take(0.0)) for _ in range(3)] == [[30], [10, 9], [8]], "a long text runs all the same"
 
 
+def test_rows_that_need_no_padding_come_along_by_age() -> None:
+    pool: RequestPool[int] = RequestPool(1, PoolRules(overhead=0.0, packed_tokens=30, batch_size=4))
+    pool.add(rows(10, 3, 16, 10), 0.0)
+    assert lengths_of(pool.take(0.0)) == [16, 10, 3], "as many of the oldest as fit, whatever their lengths"
+    assert lengths_of(pool.take(0.0)) == [10]
+    pool.add(rows(40, 1), 0.0)
+    assert [lengths_of(pool.take(0.0)) for _ in range(2)] == [[40], [1]], "a long text runs all the same"
+    pool.add(rows(1, 1, 1, 1, 1), 0.0)
+    assert [len(pool.take(0.0)) for _ in range(2)] == [4, 1], "never more rows than a batch"
+
+
+def test_where_many_wait_rows_of_one_length_are_found() -> None:
+    pool: RequestPool[int] = RequestPool(1, PoolRules(overhead=0.0, packed_tokens=30))
+    pool.add(rows(10, *(20, 10) * 5), 0.0)  # 160 tokens, more than four steps' worth
+    assert lengths_of(pool.take(0.0)) == [10] * 6
+    assert lengths_of(pool.take(0.0)) == [20], "of the rest few wait, and two are too many"
+    pool.add(rows(10, *(20,) * 6, 4), 0.0)  # 10 is not the oldest
+    assert lengths_of(pool.take(0.0)) == [20] * 10
+    pool.add(rows(12, 11, *(50,) * 3), 0.0)
+    assert lengths_of(pool.take(0.0)) == [11, 10, 4], "uneven rows within what runs without padding"
+
+
 @pytest.mark.parametrize(
     "words",
-    [{"batch_size": 0}, {"batch_tokens": 0}, {"deadline": -1.0}, {"overhead": -1.0}, {"deadline": float("nan")}],
+    [
+        {"batch_size": 0},
+        {"packed_tokens": -1},
+        {"batch_tokens": 0},
+        {"deadline": -1.0},
+        {"overhead": -1.0},
+        {"deadline": float("nan")},
+    ],
 )
 def test_rules_out_of_range_are_refused(words: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="accepted"):
