@@ -53,6 +53,8 @@ def _tried(run: RunDirectory) -> dict[str, Any]:
     held = Instances.open(run.instances("held")).ids
     started = time.monotonic()
     trial = try_policy(c, kept, model.policy, task["metric"], held, answers)
+    if trial is None:
+        raise SystemExit(f"{run.path}: too few instances are kept from the exits for a trial")
     return {
         "task": task["name"],
         "metric": task["metric"],

@@ -241,7 +241,8 @@ class PolicyConfig(Section):
     safe: bool | None = Field(
         None,
         description="try the policy on instances new to it, and leave by confidence where it is no better "
-        "(docs/recipes.md); default: where labels are learnt, some instances are held out and inputs is answers",
+        "(docs/recipes.md); default: where labels are learnt, some instances are held out, inputs is answers and "
+        "inference.threshold is auto",
     )
     epochs: NonNegative = Field(
         60, description="passes over its instances in each round; usual 20-150 (answers), 2-10 (state)"
@@ -454,7 +455,8 @@ class RunConfig(Section):
             raise ValueError("policy.answer_on = 'all' needs policy.instances = 'all'")
         if self.policy.safe and not self._can_try_policy:
             raise ValueError(
-                "policy.safe = true needs a task with labels, policy.holdout above 0 and policy.inputs = 'answers'"
+                "policy.safe = true needs a task with labels, policy.holdout and policy.epochs above 0, "
+                "policy.inputs = 'answers' and inference.threshold = 'auto'"
             )
         if self.policy.answer == "own" and _is_generation(self.task.model_dump()):
             raise ValueError("policy.answer = 'own' is for classification; a token is written by the exit it leaves at")
@@ -474,7 +476,10 @@ class RunConfig(Section):
     @property
     def _can_try_policy(self) -> bool:
         policy = self.policy
-        return policy.holdout > 0 and policy.inputs == "answers" and not _is_generation(self.task.model_dump())
+        labels = not _is_generation(self.task.model_dump())
+        learns = policy.holdout > 0 and policy.epochs > 0 and policy.inputs == "answers"
+        # A threshold on the policy's scale says nothing of confidence.
+        return labels and learns and self.inference.threshold == "auto"
 
     @property
     def run_name(self) -> str:

@@ -48,13 +48,17 @@ def model_card(
     if config.backbone_name and not config.backbone_name.startswith((".", "/", "~")):
         header["base_model"] = config.backbone_name
     names = [config.id2label[number] for number in range(config.num_labels)]
+    decides = "the policy's probability of Exit"
+    if config.policy_rule == "confidence":
+        decides = (
+            "the probability of what it would answer (on training instances new to it the learned policy was no better)"
+        )
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# Early-exit classifier{f' for {config.task}' if config.task else ''}",
         f"A {num_layers}-layer {config.backbone.get('model_type', '')} backbone with an exit classifier at every layer "
         "and a learned exit policy (ConsistentEE, AAAI 2024), trained with "
-        f"rl-exit {__version__}. A text leaves at the first layer where the policy's probability of Exit is over "
-        f"{config.threshold:g}.",
+        f"rl-exit {__version__}. A text leaves at the first layer where {decides} is over {config.threshold:g}.",
         f"Classes ({len(names)}): " + ", ".join(_cell(name) for name in names[:50]) + (" ..." if names[50:] else ""),
         f"State: {config.pooling} pooling. Texts are cut at {config.max_tokens} tokens.",
     ]

@@ -485,9 +485,13 @@ class EarlyExitModel(PreTrainedModel):
         return self
 
     def exit_logits(self, states: Tensor, logits: Tensor) -> Tensor:
-        """The policy's log-odds of Exit at layers 1..L-1, [B, L-1], from states [B, L, H] and logits [B, L, C]."""
+        """Log-odds of Exit by which the model leaves, [B, L-1], from states [B, L, H] and logits [B, L, C]."""
         if self.config.policy_rule == "confidence":
             return confidence_log_odds(self.answers(states, logits)[:, :-1])
+        return self.policy_logits(states, logits)
+
+    def policy_logits(self, states: Tensor, logits: Tensor) -> Tensor:
+        """Those of the policy heads, whether or not they decide; shapes as :meth:`exit_logits`."""
         return self.policy(every_policy_input(self.config.policy_inputs, states, self.answers(states, logits)))
 
     def answers(self, states: Tensor, logits: Tensor) -> Tensor:

@@ -81,7 +81,9 @@ def run_step(model: LayeredModel, layer: int, passages: Sequence[Passage], pad_t
     if model.training or not passages:
         raise ValueError("run_step needs passages and a model in evaluation mode")
     order, state, parts = _begin(model, passages, pad_token_id) if layer == 1 else _gather(passages)
-    state = model.backbone.step(layer, state, pack=state.hidden.is_cpu)
+    pack = state.hidden.is_cpu and model.backbone.packs_step(state)
+    ran = int(state.lengths.sum()) if pack else state.batch_size * state.length
+    state = model.backbone.step(layer, state, pack=pack)
     left: list[int] = []
     stay: list[int] = []
     logits = []
@@ -111,7 +113,7 @@ def run_step(model: LayeredModel, layer: int, passages: Sequence[Passage], pad_t
     for position in left:
         passages[position].chunk = None
     found = torch.cat(logits) if logits else torch.empty(0)
-    return StepOutcome(left, found, stay, state.batch_size * state.length)
+    return StepOutcome(left, found, stay, ran)
 
 
 Parts = list[tuple[Chunk, list[int]]]

@@ -197,10 +197,11 @@ def _objective(job: ExitTraining, model: Any) -> Objective:
 
         def policy(states: Tensor, logits: Tensor) -> Tensor:
             # In training the exits' answers come with dropout; the policy reads them as it will when the model is used.
+            # Eq. 6 draws exits by the learned pi: confidence orders them, but is no distribution over layers.
             training = model.exits.dropout.training
             model.exits.dropout.eval()
             try:
-                return model.exit_logits(states, model.exits(states))
+                return model.policy_logits(states, model.exits(states))
             finally:
                 model.exits.dropout.train(training)
 

@@ -112,11 +112,5 @@ def _card(model: EarlyExitModel, results: dict[str, Any], description: str) -> s
         for split in ("dev", "test")
         if results[split]
     ]
-    rule = (
-        "The model leaves by confidence, the probability of what it would answer: on training instances new to it the "
-        "learned policy was no better.\n\n"
-        if model.config.policy_rule == "confidence"
-        else ""
-    )
-    notes = f"{rule}The oracle leaves at the first exit that is right.\n\n## Data\n\n{description}"
+    notes = f"The oracle leaves at the first exit that is right.\n\n## Data\n\n{description}"
     return model_card(model.config, model.num_layers, rows, notes)

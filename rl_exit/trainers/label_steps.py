@@ -147,22 +147,24 @@ class LabelSteps:
         model.config.policy_rule = "learned"
         if c.tries_policy:
             trial = self._trial(number, model, answers, {"cost": settings.cost})
-            model.config.policy_rule = "learned" if trial.better else "confidence"
-            kept_of_it["trial"] = trial.to_dict()
+            if trial is not None:
+                model.config.policy_rule = "learned" if trial.better else "confidence"
+                kept_of_it["trial"] = trial.to_dict()
         model.save_pretrained(self._round(number) / "model")
         shutil.rmtree(self._round(number) / "policy-checkpoint", ignore_errors=True)
         return kept_of_it
 
     def _trial(
         self, number: int, model: EarlyExitModel, answers: Answers | None, changes: dict[str, Any]
-    ) -> PolicyTrial:
-        """The policy against confidence, on instances that the exits were not fitted to."""
+    ) -> PolicyTrial | None:
+        """The policy against confidence, on instances that the exits were not fitted to; None where they are few."""
         held = Instances.open(self.run.instances("held")).ids
         metric = read_json(self.run.path / "data" / "task.json")["metric"]
         with self.display.step(f"round {number}: policy tried against confidence", FOLDS) as progress:
             kept = self._round(number) / "store-train"
             trial = try_policy(self.config, kept, model.policy, metric, held, answers, changes, progress.update)
-        self.display.say(trial.in_words())
+        few = "too few instances are kept from the exits to try the policy against confidence: it decides"
+        self.display.say(few if trial is None else trial.in_words())
         return trial
 
     def _measured_cost(self, number: int, model: EarlyExitModel) -> tuple[float, ...]:

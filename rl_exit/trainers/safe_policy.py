@@ -8,8 +8,9 @@ confidence's, the model leaves by confidence, ``policy_rule = "confidence"``. Th
 improvement (Thomas, Theocharous and Ghavamzadeh, 2015), with cross-validation in place of importance weights: every
 action's return is known here.
 
-Folds are trained by the exact gradient whatever the run's algorithm: all ascend the same expected return, and this one
-takes seconds.
+Folds are trained from fresh heads by the exact gradient whatever the run's algorithm: all ascend the same expected
+return, and this one takes seconds. So what is judged is what can be learnt from these instances, not how far a sampled
+training has come with it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from rl_exit.trainers.policy_store import Answers, derive
 from rl_exit.trainers.store_evaluation import exit_logits_of
 
 FOLDS = 5
+FEWEST = 4 * FOLDS  # instances; of fewer a trial says nothing
 REPLICATES = 200
 _SLACK = 1e-9  # points; no real difference is this small
 
@@ -83,7 +85,7 @@ def try_policy(
     answers: Answers | None = None,
     changes: dict[str, Any] | None = None,
     told: Callable[[int], None] = lambda _: None,
-) -> PolicyTrial:
+) -> PolicyTrial | None:
     """Cross-validate a run's policy against confidence.
 
     Args:
@@ -97,19 +99,23 @@ def try_policy(
         changes: Settings of the policy phase that the configuration does not have (a measured cost).
         told: Called with the folds done.
 
+    Returns:
+        The outcome; None where fewer than FEWEST instances are new to the exits.
+
     Raises:
         UserError: No space on the device.
     """
     store = StateStore.open(kept)
     every = np.arange(store.num_instances)
     new = every if ids is None else every[np.isin(store.ids, ids)]
+    if len(new) < FEWEST:
+        return None
     labels = np.array(store.labels)[new]
     said = (np.array(store.logits) if answers is None else answers)[new]
     odds = np.empty((len(new), store.num_layers - 1), dtype=np.float32)
-    folds = min(FOLDS, len(new))
     order = np.random.default_rng(derive_seed(config.seed, "safe", "folds")).permutation(len(new))
     inputs = config.policy.inputs
-    for number, part in enumerate(np.array_split(order, folds)):
+    for number, part in enumerate(np.array_split(order, FOLDS)):
         seed = derive_seed(config.seed, "safe", number)
         path = kept.with_name(f"{kept.name}-fold")
         try:
@@ -121,12 +127,14 @@ def try_policy(
         odds[part] = exit_logits_of(store, heads, inputs, answers, new[part])
         told(number + 1)
     confidence = confidence_log_odds(torch.from_numpy(said[:, :-1])).numpy()
-    split = Split(np.array(store.ids)[new], labels, said.argmax(-1).astype(np.int64), store.num_classes)
+    cost = (changes or {}).get("cost")
+    costs = None if cost is None else np.asarray(cost, dtype=np.float64)
+    split = Split(np.array(store.ids)[new], labels, said.argmax(-1).astype(np.int64), store.num_classes, costs)
     areas = _areas(split, metric, config.seed, odds, confidence)
     gain = 100.0 * (areas[0] - areas[1])
     between = interval(gain)
     assert between is not None  # there are replicates
-    return PolicyTrial(bool(gain[0] > _SLACK), float(gain[0]), between, len(new), folds)
+    return PolicyTrial(bool(gain[0] > _SLACK), float(gain[0]), between, len(new), FOLDS)
 
 
 def _areas(split: Split, metric: str, seed: int, *scores: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float64]]:

@@ -137,11 +137,12 @@ def test_layers_that_do_not_exist_are_refused() -> None:
     batch_size=st.integers(1, 8),
     deadline=st.sampled_from([0.0, 2.0, 1e9]),
     overhead=st.sampled_from([0.0, 8.0, math.inf]),
+    packed=st.sampled_from([0, 16, 64]),
 )
 def test_every_row_runs_every_layer_once_and_leaves(
-    arrivals: list[tuple[int, int, int]], batch_size: int, deadline: float, overhead: float
+    arrivals: list[tuple[int, int, int]], batch_size: int, deadline: float, overhead: float, packed: int
 ) -> None:
-    rules = PoolRules(batch_size, deadline, overhead, batch_tokens=64)
+    rules = PoolRules(batch_size, deadline, overhead, batch_tokens=64, packed_tokens=packed)
     pool: RequestPool[int] = RequestPool(4, rules)
     seen: dict[int, list[int]] = {number: [] for number in range(len(arrivals))}
     for now in range(30 + 1 + 4 * len(arrivals)):
@@ -149,7 +150,7 @@ def test_every_row_runs_every_layer_once_and_leaves(
         taken = pool.take(now)
         assert len({row.layer for row in taken}) <= 1 and len(taken) <= batch_size
         if len(taken) > 1:
-            assert len(taken) * taken[0].length <= rules.batch_tokens
+            assert len(taken) * taken[0].length <= rules.batch_tokens or sum(lengths_of(taken)) <= packed
         assert bool(taken) or not len(pool), "the model never idles beside waiting rows"
         for row in taken:
             seen[row.payload].append(row.layer)

@@ -197,8 +197,52 @@ def _stored(store: StateStore) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_it_is_tried_where_it_can_be():
     assert load_config(None).tries_policy
-    for words in (["policy.holdout=0"], ["policy.inputs=state"], ["recipe=paper"]):
+    for words in (
+        ["policy.holdout=0"],
+        ["policy.inputs=state"],
+        ["recipe=paper"],
+        ["policy.epochs=0"],
+        ["inference.threshold=0.5"],
+    ):
         assert not load_config(None, words).tries_policy
         with pytest.raises(ConfigError, match=r"policy\.safe = true needs"):
             load_config(None, [*words, "policy.safe=true"])
     assert not load_config(None, ["policy.safe=false"]).tries_policy
+
+
+def test_a_handful_of_instances_says_nothing(tmp_path: Path, config: Any):
+    store_of(tmp_path / "store", True)
+    for count in (1, safe_policy.FEWEST - 1):
+        assert try_policy(config, tmp_path / "store", heads(), "accuracy", np.arange(count)) is None
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"epochs": 1})})
+    assert try_policy(config, tmp_path / "store", heads(), "f1", np.arange(safe_policy.FEWEST)) is not None
+
+
+def test_a_measured_cost_is_what_the_trial_counts(tmp_path: Path, config: Any, monkeypatch: pytest.MonkeyPatch):
+    store_of(tmp_path / "store", True)
+    seen: list[Any] = []
+    once = safe_policy.measure_at
+    monkeypatch.setattr(safe_policy, "measure_at", lambda *given: seen.append(given[2].depths.tolist()) or once(*given))
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"epochs": 1})})
+    cost = (1.0, 1.5, 3.0)
+    try_policy(config, tmp_path / "store", heads(), "accuracy", changes={"cost": cost})
+    try_policy(config, tmp_path / "store", heads(), "accuracy", changes={"cost": None})
+    assert seen == [list(cost)] * 2 + [[1.0, 2.0, 3.0]] * 2
+
+
+def test_a_task_step_draws_by_the_learned_heads(tiny_backbone: Path):
+    """Confidence is no distribution over layers; the heads' logits do not depend on who decides."""
+    model = EarlyExitModel.from_backbone(str(tiny_backbone), ["a", "b"], policy_inputs="answers").eval()
+    ids = torch.randint(4, 20, (6, 5), generator=torch.Generator().manual_seed(0))
+    every = model.all_exits(ids)
+    job: Any = type("Job", (), {"weights": "expected", "settings": type("S", (), {"epochs": 1}), "options": None})
+    asked: list[Any] = []
+    from rl_exit.trainers import exit_training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exit_training, "task_step", lambda policy, *_: asked.append(policy))
+        exit_training._objective(job, model)
+    before = asked[0](every.states, every.logits)
+    model.config.policy_rule = "confidence"
+    assert torch.equal(asked[0](every.states, every.logits), before)
+    assert not torch.equal(model.exit_logits(every.states, every.logits), before)

@@ -308,7 +308,8 @@ class SteppedBackbone(nn.Module):
     @property
     def packs(self) -> bool:
         """Whether :meth:`step` can run rows end to end, without padding."""
-        return self._family.packs
+        # A feed-forward part that takes its tokens in chunks of a size refuses other numbers of them.
+        return self._family.packs and not getattr(self.model.config, "chunk_size_feed_forward", 0)
 
     def step(self, layer: int, state: StepState, pack: bool = False) -> StepState:
         """Run layer `layer` (1..L) on a state that the layer before left.
@@ -324,12 +325,16 @@ class SteppedBackbone(nn.Module):
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"layer must lie in 1..{self.num_layers}, not {layer}")
-        if pack and state.padded and self._family.packs and self._packing_pays(state):
+        if pack and self.packs_step(state):
             return self._packed_step(layer, state)
         mask = state.masks[self._reaches[layer - 1]]
         output = self._family.run_layer(self.model, layer - 1, state, mask)
         hidden = output[0] if isinstance(output, tuple) else output
         return state.with_hidden(hidden)
+
+    def packs_step(self, state: StepState) -> bool:
+        """Whether :meth:`step`, asked to pack, would run this state's rows end to end."""
+        return state.padded and self.packs and self._packing_pays(state)
 
     def _packing_pays(self, state: StepState) -> bool:
         """By the work in either form: a token costs 12 H^2 products, a pair about 2.4 H with its softmax."""
