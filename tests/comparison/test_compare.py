@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rl_exit.comparison import ExitSet, Group, Scores, SeedRun, Split, compare
 from rl_exit.comparison.pool import pooled_curve
+from rl_exit.comparison.tables import verdicts
 
 COUNT, LAYERS, CLASSES = 150, 4, 3
 
@@ -175,3 +177,13 @@ def test_a_criterion_with_answers_of_its_own_is_scored_by_them() -> None:
     moved = compared(exits.split.predictions, np.tile(exits.dev.labels[:, None], LAYERS))
     assert moved["methods"]["consistentee"]["no_loss"] == before["methods"]["consistentee"]["no_loss"]
     assert moved["methods"]["consistentee"]["transferred"] != before["methods"]["consistentee"]["transferred"]
+
+
+def test_seeds_that_leave_by_confidence_are_named() -> None:
+    runs = [made_run(seed, SKILL) for seed in (0, 1, 2)]
+    tree = compare([Group("runs", runs)], "accuracy", replicates=20)
+    assert tree["groups"][0]["by_confidence"] == [] and not any("confidence" in text for text in verdicts(tree))
+    runs = [run if run.seed == 1 else replace(run, policy_rule="confidence") for run in runs]
+    tree = compare([Group("runs", runs)], "accuracy", replicates=20)
+    assert tree["groups"][0]["by_confidence"] == [0, 2]
+    assert verdicts(tree)[-1].startswith("with seed 0, 2 ConsistentEE leaves by confidence")
