@@ -302,6 +302,9 @@ def test_packing_pays_where_padding_costs_more_than_attention_over_all() -> None
         assert backbone._packing_pays(state) == pays
     assert backbone._packing_pays(backbone.begin(**make_batch((1, 1, 1, 40))))
     assert not backbone._packing_pays(backbone.begin(**make_batch((40, 39, 40, 40))))
+    assert backbone.packs
+    backbone.model.config.chunk_size_feed_forward = 4
+    assert not type(backbone)(backbone.model, backbone._family).packs, "chunks of a size refuse other numbers of tokens"
 
 
 def test_what_cannot_be_joined_is_refused() -> None:

@@ -238,6 +238,7 @@ class SteppedBackbone(nn.Module):
         num_layers: L.
         hidden_size: H.
         is_decoder: Whether attention is causal.
+        packs: Whether :meth:`step` can run rows end to end, without padding.
 
     Raises:
         ModelError: The configuration is one that cannot be run exactly.
@@ -259,6 +260,8 @@ class SteppedBackbone(nn.Module):
         self.is_decoder = family.causal
         self._family = family
         self._reaches = family.reaches(config, self.num_layers)
+        # A feed-forward part that takes its tokens in chunks of a size refuses other numbers of them.
+        self.packs = family.packs and not getattr(config, "chunk_size_feed_forward", 0)
 
     @property
     def blocks(self) -> Blocks:
@@ -304,12 +307,6 @@ class SteppedBackbone(nn.Module):
             tables=self._family.tables(self.model, hidden),
             backbone=self,
         )
-
-    @property
-    def packs(self) -> bool:
-        """Whether :meth:`step` can run rows end to end, without padding."""
-        # A feed-forward part that takes its tokens in chunks of a size refuses other numbers of them.
-        return self._family.packs and not getattr(self.model.config, "chunk_size_feed_forward", 0)
 
     def step(self, layer: int, state: StepState, pack: bool = False) -> StepState:
         """Run layer `layer` (1..L) on a state that the layer before left.
