@@ -268,7 +268,7 @@ def chaos(args: argparse.Namespace) -> dict[str, Any]:
 
 def soak(args: argparse.Namespace) -> dict[str, Any]:
     """Resident memory of every process under a steady load."""
-    words = {"model": "ServeReplica:rl-exit:model", "front": "ServeReplica:rl-exit:front", "proxy": "ProxyActor"}
+    words = {"model": "ServeReplica:rl-exit:model", "front": "ServeReplica:rl-exit:front"}
     samples: list[dict[str, float]] = []
     parts = []
     with serving(args.model) as server:
@@ -305,7 +305,7 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from rl_exit import EarlyExitModel
-    from rl_exit.serving.engine import PooledEngine, gathered, measure_rules
+    from rl_exit.serving.engine import PooledEngine, measure_rules
     from rl_exit.serving.schema import Wish
     from rl_exit.serving.service import ModelService, run_together
 
@@ -319,7 +319,7 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
 
     def pooled(**changes: Any) -> None:
         one = PooledEngine(model, replace(rules, **changes))
-        gathered(one.submit(texts, rule))
+        one.submit(texts, rule).result()
         one.close()
 
     def plain(size: int) -> None:

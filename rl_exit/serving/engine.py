@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -52,11 +52,21 @@ class Counts:
 
 
 @dataclass(eq=False, slots=True)
+class _Request:
+    """Texts that are answered together: one future, so that who waits is woken once."""
+
+    answer: Future[list[Left]]
+    found: dict[int, Left]
+    texts: int
+
+
+@dataclass(eq=False, slots=True)
 class _Waiting:
-    """A text in the pool and who waits for it."""
+    """A text in the pool, and its place in its request."""
 
     passage: Passage
-    answer: Future[Left]
+    request: _Request
+    place: int
 
 
 @dataclass(eq=False)
@@ -89,7 +99,7 @@ class PooledEngine:
         self._thread = threading.Thread(target=self._run, name="rl-exit-model", daemon=True)
         self._thread.start()
 
-    def submit(self, instances: Instances, rule: Criterion) -> list[Future[Left]]:
+    def submit(self, instances: Instances, rule: Criterion) -> Future[list[Left]]:
         """Let texts in at layer 1.
 
         Args:
@@ -97,23 +107,28 @@ class PooledEngine:
             rule: When they leave. Texts share the memory of a rule only where it is the same object.
 
         Returns:
-            N futures. Cancel one, and its text is dropped before its next layer.
+            The N answers, in order, once the last text has left. Cancel it, and its texts are dropped before their
+            next layer.
 
         Raises:
             RuntimeError: The engine is closed.
         """
         now = self._clock()
+        request = _Request(Future(), {}, len(instances))
         rows = []
-        for start, stop in zip(instances.offsets[:-1].tolist(), instances.offsets[1:].tolist(), strict=True):
+        ends = zip(instances.offsets[:-1].tolist(), instances.offsets[1:].tolist(), strict=True)
+        for place, (start, stop) in enumerate(ends):
             types = None if instances.token_types is None else instances.token_types[start:stop]
             passage = Passage(instances.tokens[start:stop], types, rule)
-            rows.append(Row(_Waiting(passage, Future()), length=stop - start, arrived=now))
+            rows.append(Row(_Waiting(passage, request, place), length=stop - start, arrived=now))
         with self._wake:
             self._refuse_if_closed()
             self._pad_token_id = instances.pad_token_id
             self._arrived += rows
             self._wake.notify()
-        return [row.payload.answer for row in rows]
+        if not rows:
+            request.answer.set_result([])
+        return request.answer
 
     def call(self, work: Callable[[], Result]) -> Future[Result]:
         """Do something with the model in its thread, between two steps.
@@ -172,7 +187,7 @@ class PooledEngine:
             outcome = run_step(self._model, layer, [row.payload.passage for row in rows], self._pad_token_id)
         except Exception as error:  # noqa: BLE001 - whoever waits is told; the thread serves the others
             for row in rows:
-                _settle(row.payload.answer, error=error)
+                _settle(row.payload.request, error)
             return
         now = self._clock()
         self.counts.steps += 1
@@ -185,7 +200,10 @@ class PooledEngine:
         self._pool.add(staying, now)
         for position, logits in zip(outcome.left, outcome.logits, strict=False):
             row = rows[position]
-            _settle(row.payload.answer, Left(logits, layer, now - row.arrived))
+            request = row.payload.request
+            request.found[row.payload.place] = Left(logits, layer, now - row.arrived)
+            if len(request.found) == request.texts:
+                _settle(request)
 
 
 def measure_rules(model: Any, batch_size: int, deadline: float) -> PoolRules:
@@ -231,7 +249,7 @@ def _time_step(model: Any, rows: int, length: int) -> float:
 
 
 def _dropped(row: Row[_Waiting]) -> bool:
-    return row.payload.answer.cancelled()
+    return row.payload.request.answer.done()  # cancelled, or failed in another of its texts
 
 
 def _work(job: _Job[Any]) -> None:
@@ -243,17 +261,11 @@ def _work(job: _Job[Any]) -> None:
         job.answer.set_exception(error)
 
 
-def _settle(answer: Future[Left], left: Left | None = None, error: Exception | None = None) -> None:
-    """Answer, unless nobody waits any more."""
-    if not answer.set_running_or_notify_cancel():
+def _settle(request: _Request, error: Exception | None = None) -> None:
+    """Answer, unless nobody waits any more or an error has been told already."""
+    if request.answer.done() or not request.answer.set_running_or_notify_cancel():
         return
     if error is not None:
-        answer.set_exception(error)
+        request.answer.set_exception(error)
     else:
-        assert left is not None
-        answer.set_result(left)
-
-
-def gathered(futures: Sequence[Future[Left]], timeout: float | None = None) -> list[Left]:
-    """Wait for all answers, in order."""
-    return [future.result(timeout) for future in futures]
+        request.answer.set_result([request.found[place] for place in range(request.texts)])

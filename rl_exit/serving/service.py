@@ -61,7 +61,8 @@ class ModelService:
             ConfigError: There is no such operating point.
         """
         answers = self.engine.submit(self.tokenised(texts, pairs), self.rule_for(wish))
-        return self.told(await asyncio.gather(*map(asyncio.wrap_future, answers)))
+        left: list[Left] = await asyncio.wrap_future(answers)
+        return self.told(left)
 
     async def explain(self, text: str, pair: str | None, wish: Wish) -> dict[str, Any]:
         """What every layer says of a text, where it leaves, and its time alone against full depth.

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from headless_browser import browsing, found
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from server_process import Server, free_port
@@ -30,6 +32,13 @@ from rl_exit.serving.web import Refusal
 TEXTS = ["the old cat", "a hammer", "my red drill near the dog", "saw"]
 
 
+ENDS = (
+    ActorDiedError(),
+    ActorUnavailableError("gone", None),
+    AioRpcError(StatusCode.CANCELLED, Metadata(), Metadata(), "the server is ending"),
+)
+
+
 class Dying:
     """A deployment handle of which the first calls meet replicas that die."""
 
@@ -37,6 +46,9 @@ class Dying:
         self.deaths = deaths
         self.calls = 0
         self.answer = self
+
+    def options(self, **words: Any) -> Dying:
+        return self
 
     def remote(self, *words: Any) -> Dying:
         return self
@@ -50,7 +62,7 @@ class Dying:
     async def _answer(self) -> dict[str, Any]:
         self.calls += 1
         if self.calls <= self.deaths:
-            raise ActorDiedError() if self.calls % 2 else ActorUnavailableError("gone", None)
+            raise ENDS[self.calls % len(ENDS)]
         return {"answers": [{"label": "cat"}], "replica": "1", "state": {}}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from rl_exit.criteria import Criterion, Fixed, criterion
 from rl_exit.data.instances import Instances
 from rl_exit.data.tasks import TextSplit, tokenise
 from rl_exit.inference import run_batch
-from rl_exit.serving.engine import PooledEngine, gathered, measure_rules
+from rl_exit.serving.engine import PooledEngine, measure_rules
 from rl_exit.serving.pool import PoolRules
 from rl_exit.serving.steps import Passage, run_step
 
@@ -143,7 +142,7 @@ def test_requests_from_many_threads_are_all_answered(
             instances = instances_of(model, count, 100 * number + turn)
             rule = rules[rng.randrange(len(rules))]
             for left, (layer, logits) in zip(
-                gathered(engine.submit(instances, rule), 30), alone(model, instances, [rule] * count), strict=True
+                engine.submit(instances, rule).result(30), alone(model, instances, [rule] * count), strict=True
             ):
                 answers.setdefault(number, []).append(left.exit_layer == layer)
                 torch.testing.assert_close(left.logits, logits, atol=1e-5, rtol=0)
@@ -168,19 +167,18 @@ def test_an_error_reaches_those_who_wait_and_nobody_else(model: EarlyExitModel, 
         def leave(self, layer: int, view: Any, carry: Any) -> Tensor:
             raise ZeroDivisionError("by the rule")
 
-    [answer] = engine.submit(instances_of(model, 1, 0), Broken())
+    answer = engine.submit(instances_of(model, 2, 0), Broken())
     with pytest.raises(ZeroDivisionError, match="by the rule"):
         answer.result(10)
-    assert len(gathered(engine.submit(instances_of(model, 3, 0), Fixed(1)), 10)) == 3
+    assert len(engine.submit(instances_of(model, 3, 0), Fixed(1)).result(10)) == 3
 
 
 def test_what_nobody_waits_for_is_dropped(model: EarlyExitModel, engine: PooledEngine) -> None:
     free = threading.Event()
     engine.call(lambda: free.wait(10))
-    answers = engine.submit(instances_of(model, 5, 0), Fixed(3))
-    assert all(answer.cancel() for answer in answers)
+    assert engine.submit(instances_of(model, 5, 0), Fixed(3)).cancel()
     free.set()
-    assert len(gathered(engine.submit(instances_of(model, 1, 0), Fixed(1)), 10)) == 1
+    assert len(engine.submit(instances_of(model, 1, 0), Fixed(1)).result(10)) == 1
     assert engine.counts.rows == 1
 
 
@@ -188,7 +186,7 @@ def test_closing_answers_what_is_inside_and_takes_no_more(model: EarlyExitModel)
     made = PooledEngine(model, PoolRules())
     answers = made.submit(instances_of(model, 30, 0), Fixed(3))
     made.close()
-    assert wait(answers, timeout=0).not_done == set()
+    assert len(answers.result(0)) == 30
     with pytest.raises(RuntimeError, match="closed"):
         made.submit(instances_of(model, 1, 0), Fixed(1))
     with pytest.raises(RuntimeError, match="closed"):
