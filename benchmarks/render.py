@@ -398,14 +398,18 @@ def dial(results: dict[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n{notes}\n`{results['command']}`, {results['date']}.\n"
 
 
-SERVED = {"pooled": "pooled", "plain": "plain batching", "full_depth": "full depth, plain batching"}
+def _served(kind: str) -> str:
+    """A way of serving in words."""
+    if kind.startswith("plain-"):
+        return f"plain batching, {kind.removeprefix('plain-')}"
+    return {"pooled": "pooled", "full_depth": "full depth, plain batching"}[kind]
 
 
 def serving(results: dict[str, Any]) -> str:
     """Latency by load, and throughput at equal p95."""
     rows = [
         [
-            SERVED[kind],
+            _served(kind),
             f"{row['offered_per_s']:g}",
             f"{row['answered_per_s']:.1f}",
             f"{row['texts_per_s']:.0f}",
@@ -418,14 +422,16 @@ def serving(results: dict[str, Any]) -> str:
     bounds = [
         [
             f"{limit} ms",
-            *("-" if found.get(kind) is None else f"{found[kind]:.1f}" for kind in SERVED),
+            *("-" if found.get(kind) is None else f"{found[kind]:.1f}" for kind in results["rows"]),
             "-" if ratio is None else f"{ratio:.2f}",
         ]
         for (limit, found), ratio in zip(
             results["throughput_at_p95_ms"].items(), results["pooled_vs_plain"].values(), strict=True
         )
     ]
-    equal = markdown_table(["p95 at most", *(f"{name}, per s" for name in SERVED.values()), "pooled / plain"], bounds)
+    equal = markdown_table(
+        ["p95 at most", *(f"{_served(kind)}, per s" for kind in results["rows"]), "pooled / plain"], bounds
+    )
     machine, versions = results["machine"], results["versions"]
     origin = (
         f"`{results['command']}` of {results['date'][:10]}: {machine['cpu']}, {machine['cores']} cores, torch "

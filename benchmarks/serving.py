@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -180,39 +180,42 @@ async def poisson(
 
 
 def load(args: argparse.Namespace) -> dict[str, Any]:
-    """Pooled, plain and full depth in turn at rising loads, until one is overloaded."""
-    variants: dict[str, tuple[list[str], dict[str, Any]]] = {
-        "pooled": (["--batching=pooled", f"--batch-size={args.batch_size}", "--deadline-ms=0"], {}),
-        "plain": (["--batching=plain", f"--batch-size={args.plain_batch_size}", "--deadline-ms=5"], {}),
-    }
+    """Pooled, plain (by batch size) and full depth in turn at rising loads, until one is overloaded."""
+    servers = {"pooled": ["--batching=pooled", f"--batch-size={args.batch_size}", "--deadline-ms=0"]}
+    for size in args.plain_batch_size:
+        servers[f"plain-{size}"] = ["--batching=plain", f"--batch-size={size}", "--deadline-ms=5"]
     rows: dict[str, list[dict[str, Any]]] = {}
     texts = Texts.of(args)
-    with serving(args.model, *variants["pooled"][0]) as pooled, serving(args.model, *variants["plain"][0]) as plain:
-        kinds = {
-            "pooled": (pooled.address, {}),
-            "plain": (plain.address, {}),
-            "full_depth": (plain.address, {"operating_point": "full-depth"}),
+    with ExitStack() as stack:
+        kinds: dict[str, tuple[str, dict[str, Any]]] = {
+            name: (stack.enter_context(serving(args.model, *words)).address, {}) for name, words in servers.items()
         }
+        kinds["full_depth"] = (kinds[list(servers)[-1]][0], {"operating_point": "full-depth"})
         for address, extra in kinds.values():
             asyncio.run(poisson(address, 10, 2, 99, extra, args.sizes, texts))  # warm
         over: set[str] = set()
         for rate in args.rates:
-            for kind, (address, extra) in kinds.items():
-                if kind in over:
-                    continue
-                found = asyncio.run(poisson(address, rate, args.seconds, int(rate), extra, args.sizes, texts))
-                rows.setdefault(kind, []).append(found)
-                print(kind, json.dumps(found), file=sys.stderr)
-                if found["p95_ms"] > args.most_p95_ms:
+            turns: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds if kind not in over}
+            for turn in range(args.repeats):
+                for kind, each in turns.items():
+                    address, extra = kinds[kind]
+                    seed = 1000 * turn + int(rate)
+                    each.append(asyncio.run(poisson(address, rate, args.seconds, seed, extra, args.sizes, texts)))
+            for kind, each in turns.items():
+                row = middle(each)
+                rows.setdefault(kind, []).append(row)
+                print(kind, json.dumps(row), file=sys.stderr)
+                if row["p95_ms"] > args.most_p95_ms:
                     over.add(kind)
     limits = [150, 200, 300, 500, 1000]
     at_equal = {str(limit): {kind: sustained(found, limit) for kind, found in rows.items()} for limit in limits}
-    ratios = {
-        limit: found["pooled"] / found["plain"] if found["pooled"] and found["plain"] else None
-        for limit, found in at_equal.items()
-    }
+    ratios = {}
+    for limit, found in at_equal.items():
+        plain = max((rate or 0.0 for kind, rate in found.items() if kind.startswith("plain")), default=0.0)
+        ratios[limit] = found["pooled"] / plain if found["pooled"] and plain else None
     return {
-        "settings": {kind: words for kind, (words, _) in variants.items()},
+        "settings": servers,
+        "repeats": args.repeats,
         "texts_per_request": args.sizes,
         "task": texts.task,
         "joined": texts.joined,
@@ -220,6 +223,15 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         "throughput_at_p95_ms": at_equal,
         "pooled_vs_plain": ratios,
     }
+
+
+def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each figure over repetitions of the same load, with every p95; counts are summed up."""
+    summed = {name: sum(row[name] for row in rows) for name in ("requests", "answered")}
+    faults = sum((Counter(row["faults"]) for row in rows), Counter())
+    rest = [name for name in rows[0] if name not in (*summed, "faults")]
+    medians = {name: float(np.median([row[name] for row in rows])) for name in rest}
+    return {**medians, **summed, "faults": dict(faults), "every_p95_ms": [row["p95_ms"] for row in rows]}
 
 
 def sustained(rows: list[dict[str, Any]], limit: float) -> float | None:
@@ -470,7 +482,8 @@ def main() -> None:
         sub.add_argument("--rates", type=float, nargs="+", default=[5, 10, 15, 20, 25, 30, 40])
         sub.add_argument("--most-p95-ms", type=float, default=1500.0)
         sub.add_argument("--batch-size", type=int, default=32)
-        sub.add_argument("--plain-batch-size", type=int, default=8)
+        sub.add_argument("--plain-batch-size", type=int, nargs="+", default=[1, 4], help="Requests; the best counts.")
+        sub.add_argument("--repeats", type=int, default=3, help="Of each load; medians count.")
         sub.add_argument("--sizes", type=int, nargs="+", default=[1, 1, 2, 4, 8], help="Texts per request, drawn.")
         sub.add_argument("--task", default="docstrings", help="Whose texts are asked (load, engine).")
         sub.add_argument("--task-path", help="Folder of its files.")
