@@ -471,8 +471,7 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
         if name == "chaos":
             said = (
                 f"{found['killed']} times one of {found['replicas']} replicas killed under {found['offered_per_s']:g} "
-                f"requests a second: {found['requests']} requests, {found['lost']} lost, "
-                f"{found['given_to_another_replica']:.0f} given to another replica; p95 {found['p95_ms']:.0f} ms"
+                f"requests a second: {found['requests']} requests, {found['lost']} lost; p95 {found['p95_ms']:.0f} ms"
             )
         elif name == "soak":
             growth = ", ".join(f"{k} {v:+.1f} MB" for k, v in _late_growth(found["resident_mb"]).items())

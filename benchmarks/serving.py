@@ -263,10 +263,7 @@ def chaos(args: argparse.Namespace) -> dict[str, Any]:
                     victims[0].send_signal(signal.SIGKILL)
 
         found, _ = await asyncio.gather(poisson(server.address, args.rate, args.seconds, 1, None, args.sizes), kill())
-        async with aiohttp.ClientSession() as session, session.get(f"{server.address}/metrics") as response:
-            lines = (await response.text()).splitlines()
-        retries = next(float(line.split()[1]) for line in lines if line.startswith("rl_exit_retries_total"))
-        return {**found, "killed": len(killed), "given_to_another_replica": retries}
+        return {**found, "killed": len(killed)}
 
     with serving(args.model, f"--replicas={args.replicas}") as server:
         found = asyncio.run(run(server))
@@ -280,7 +277,11 @@ def chaos(args: argparse.Namespace) -> dict[str, Any]:
 
 def soak(args: argparse.Namespace) -> dict[str, Any]:
     """Resident memory of every process under a steady load."""
-    words = {"model": "ServeReplica:rl-exit:model", "front": "ServeReplica:rl-exit:front"}
+    words = {
+        "model": "serving.model_process",
+        "replica": "ServeReplica:rl-exit:model",
+        "front": "ServeReplica:rl-exit:front",
+    }
     samples: list[dict[str, float]] = []
     parts = []
     with serving(args.model) as server:
@@ -326,7 +327,7 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
     rules = measure_rules(model, args.batch_size, 0.002)
     service = ModelService(model, rules)
     drawn = Texts.of(args).requests(args.texts, args.seed, [1])
-    texts = service.tokenised([request[0] for request in drawn], None)
+    texts = service.texts.tokenised([request[0] for request in drawn], None)
     rule = service.rule_for(Wish())
 
     def pooled(**changes: Any) -> None:

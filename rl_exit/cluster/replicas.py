@@ -15,7 +15,7 @@ from rl_exit.errors import UserError
 from rl_exit.serving.schema import Wish, WriteRequest
 from rl_exit.serving.web import Refusal
 
-GIVEN_UP = 8  # replicas that may die under one request before it is refused
+GIVEN_UP = 30  # times that a replica may be gone before a request is refused, half a minute at least
 DEATHS = (RayActorError, AioRpcError)  # what a call meets whose replica dies; the second, while it is being ended
 FIRST_WAIT = 0.05  # seconds before a request is given to another replica; doubles with every further death
 
@@ -27,13 +27,12 @@ class Asking:
         handle: Of the deployment.
 
     Attributes:
-        handle: The same, by gRPC.
+        handle: The same.
         retried: Called for every request that goes to another replica.
     """
 
     def __init__(self, handle: Any) -> None:
-        # Between deployments gRPC takes half the processor time of Ray's own calls, which carry objects by reference.
-        self.handle = handle.options(_by_reference=False)
+        self.handle = handle
         self.retried: Callable[[], None] = lambda: None
         self._states: dict[str, tuple[float, dict[str, Any]]] = {}
 
@@ -41,7 +40,7 @@ class Asking:
         """The answer of some replica.
 
         Raises:
-            Refusal: ``GIVEN_UP`` replicas have died of it.
+            Refusal: It has met ``GIVEN_UP`` times a replica that is gone.
             UserError: What a replica raised for the user.
         """
         for attempt in range(GIVEN_UP):
@@ -159,6 +158,6 @@ def in_words(error: RayTaskError) -> Exception:
 
 
 def given_up() -> Refusal:
-    """What a request is told under which too many replicas have died."""
-    message = f"{GIVEN_UP} replicas of the model died while they worked on this request"
+    """What a request is told that has met too many replicas that are gone."""
+    message = f"no replica of the model answers; this request met {GIVEN_UP} times one that is gone"
     return Refusal(503, "no_replica", message)

@@ -29,6 +29,7 @@ from ray import serve
 from rl_exit.cluster.replicas import Asking, Replicas, Writers
 from rl_exit.errors import ConfigError, UserError
 from rl_exit.serving.http import Front, build_app
+from rl_exit.serving.model_process import ModelProcess, ModelSettings
 from rl_exit.serving.schema import FULL_DEPTH, Limits, ModelInfo, Wish, WriteRequest
 from rl_exit.serving.writing_http import WritingFront, build_writing_app
 from rl_exit.serving.writing_schema import WriterInfo
@@ -42,6 +43,8 @@ QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 # What makes Serve cheaper for replicas whose code never blocks its event loop, as ours: one loop in place of three.
 SERVE_SETTINGS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+# A request has few texts: threads of the tokenizer cost more than they save, and the model wants the other cores.
+REPLICA_SETTINGS = {**SERVE_SETTINGS, "TOKENIZERS_PARALLELISM": "false"}
 
 Batching = Literal["pooled", "plain"]
 
@@ -86,21 +89,97 @@ class ServeOptions:
             raise ConfigError(f"batching = {self.batching!r}; accepted: pooled, plain")
 
 
-class _Replica:
-    """What every copy of a model has: a service with a thread of its own, and a name."""
+class ModelReplica:
+    """One copy of a classifier, in a process beside this one; a Serve deployment.
 
-    _service: Any
+    Args:
+        options: What the command was given; ``options.model`` is a folder that this node can read, or a hub id.
+    """
 
-    def _set_up(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions) -> None:
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._pooled = options.batching == "pooled"
+        settings = ModelSettings(options.model, options.threads, options.batch_size, options.deadline)
+        # Without its model a replica is dead: then whoever waits for it asks another, and Serve makes a new one.
+        self._model = ModelProcess(settings, gone=lambda: os._exit(1))
+        self._together.set_max_batch_size(options.batch_size)
+        self._together.set_batch_wait_timeout_s(options.deadline)
+
+    async def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, wish: Wish) -> dict[str, Any]:
+        """See :meth:`rl_exit.serving.service.ModelService.answer`; who answered and how it stands comes along."""
+        sides = self._model.texts
+        instances = sides.tokenised(texts, pairs)
+        if self._pooled:
+            left, state = await self._model.run(instances, wish)
+        else:
+            started = time.monotonic()
+            left, state = await self._together((instances, wish))
+            left = [replace(one, seconds=time.monotonic() - started) for one in left]
+        return {"answers": sides.told(left), **self._told(state)}
+
+    async def explain(self, text: str, pair: str | None, wish: Wish) -> dict[str, Any]:
+        """See :meth:`rl_exit.serving.service.ModelService.explain`."""
+        return await self._model.explain(self._model.texts.tokenised([text], None if pair is None else [pair]), wish)
+
+    async def state(self) -> dict[str, Any]:
+        """Who this is, and what its model says of itself."""
+        return self._told(await self._model.state())
+
+    async def check_health(self) -> None:
+        """Asked by Serve; a replica whose model does not answer is replaced.
+
+        Raises:
+            ModelGone: Its thread has ended.
+        """
+        await self._model.state()
+
+    def __del__(self) -> None:
+        """Called by Serve when all requests are answered."""
+        if hasattr(self, "_model"):
+            self._model.close()
+
+    def _told(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {"replica": self._name, "state": state}
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
+    async def _together(self, requests: list[Any]) -> list[Any]:
+        """Plain batching."""
+        found, state = await self._model.together(requests)
+        return [(left, state) for left in found]
+
+
+class WriterReplica:
+    """One copy of a decoder; a Serve deployment.
+
+    Args:
+        options: What the command was given; ``options.model`` is a folder that this node can read, or a hub id.
+    """
+
+    def __init__(self, options: ServeOptions) -> None:
         import torch
+
+        from rl_exit.models.early_exit import EarlyExitModel
+        from rl_exit.serving.writer import WritingService
 
         torch.set_num_threads(options.threads)
         sys.setswitchinterval(0.0005)  # the model's thread and the event loop take turns more often than every 5 ms
         self._name = serve.get_replica_context().replica_id.unique_id
+        model = EarlyExitModel.from_pretrained(options.model)
+        self._service = WritingService(model, options.batch_size, options.max_context)
+
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """See :meth:`rl_exit.serving.writer.WritingService.stream`."""
+        async with aclosing(self._service.stream(request)) as parts:
+            async for part in parts:
+                yield part
+
+    async def whole(self, request: WriteRequest) -> dict[str, Any]:
+        """See :meth:`rl_exit.serving.writer.WritingService.whole`; who wrote and how it stands comes along."""
+        return {"tokens": await self._service.whole(request), **self.state()}
 
     def state(self) -> dict[str, Any]:
         """Who this is, and what its service says of itself."""
-        return {"replica": self._name, "pid": os.getpid(), "state": self._service.state()}
+        return {"replica": self._name, "state": self._service.state()}
 
     def check_health(self) -> None:
         """Asked by Serve; a replica whose model thread is gone is replaced.
@@ -117,76 +196,6 @@ class _Replica:
             self._service.close()
 
 
-class ModelReplica(_Replica):
-    """One copy of the model; a Serve deployment.
-
-    Args:
-        options: What the command was given; ``options.model`` is a folder that this node can read, or a hub id.
-    """
-
-    def __init__(self, options: ServeOptions) -> None:
-        from rl_exit.models.early_exit import EarlyExitModel
-        from rl_exit.serving.engine import measure_rules
-        from rl_exit.serving.service import ModelService
-
-        self._set_up(options)
-        model = EarlyExitModel.from_pretrained(options.model).eval()
-        self._options = options
-        self._service = ModelService(model, measure_rules(model, options.batch_size, options.deadline))
-        self._together.set_max_batch_size(options.batch_size)
-        self._together.set_batch_wait_timeout_s(options.deadline)
-
-    async def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, wish: Wish) -> dict[str, Any]:
-        """See :meth:`rl_exit.serving.service.ModelService.answer`; who answered and how it stands comes along."""
-        if self._options.batching == "pooled":
-            answers = await self._service.answer(texts, pairs, wish)
-        else:
-            started = time.monotonic()
-            request = (self._service.tokenised(texts, pairs), self._service.rule_for(wish))
-            left = await self._together(request)
-            seconds = time.monotonic() - started
-            answers = self._service.told([replace(one, seconds=seconds) for one in left])
-        return {"answers": answers, **self.state()}
-
-    async def explain(self, text: str, pair: str | None, wish: Wish) -> dict[str, Any]:
-        """See :meth:`rl_exit.serving.service.ModelService.explain`."""
-        return await self._service.explain(text, pair, wish)
-
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
-    async def _together(self, requests: list[Any]) -> list[Any]:
-        """Plain batching."""
-        from rl_exit.serving.service import run_together
-
-        work = self._service.engine.call(lambda: run_together(self._service.model, requests))
-        return await asyncio.wrap_future(work)
-
-
-class WriterReplica(_Replica):
-    """One copy of a decoder; a Serve deployment.
-
-    Args:
-        options: What the command was given; ``options.model`` is a folder that this node can read, or a hub id.
-    """
-
-    def __init__(self, options: ServeOptions) -> None:
-        from rl_exit.models.early_exit import EarlyExitModel
-        from rl_exit.serving.writer import WritingService
-
-        self._set_up(options)
-        model = EarlyExitModel.from_pretrained(options.model)
-        self._service = WritingService(model, options.batch_size, options.max_context)
-
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[list[dict[str, Any]], None]:
-        """See :meth:`rl_exit.serving.writer.WritingService.stream`."""
-        async with aclosing(self._service.stream(request)) as parts:
-            async for part in parts:
-                yield part
-
-    async def whole(self, request: WriteRequest) -> dict[str, Any]:
-        """See :meth:`rl_exit.serving.writer.WritingService.whole`; who wrote and how it stands comes along."""
-        return {"tokens": await self._service.whole(request), **self.state()}
-
-
 class HttpFront:
     """The HTTP side; a Serve deployment with one replica, which listens itself.
 
@@ -200,7 +209,9 @@ class HttpFront:
     """
 
     def __init__(self, handle: Any, info: ModelInfo | WriterInfo, options: ServeOptions) -> None:
-        asking = Asking(handle)
+        # By gRPC a short call takes half the processor time of Ray's own, which carry objects by reference. Of one that
+        # was cancelled Serve's router then knows no better for ten seconds, so a decoder's long ones go Ray's way.
+        asking = Asking(handle if isinstance(info, WriterInfo) else handle.options(_by_reference=False))
         if isinstance(info, WriterInfo):
             writing = WritingFront(Writers(asking), info, options.limits)
             self._door, self._application = writing.door, build_writing_app(writing)
@@ -241,7 +252,7 @@ def application(options: ServeOptions, info: ModelInfo | WriterInfo) -> Any:
         max_ongoing_requests=most,
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=DRAIN,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": SERVE_SETTINGS}},
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": REPLICA_SETTINGS}},
         logging_config=QUIET,
     ).bind(options)
     here = f"node:{ray.util.get_node_ip_address()}"  # where the command runs, and people expect the port

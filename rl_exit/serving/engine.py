@@ -14,31 +14,16 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from rl_exit.criteria import Criterion
 from rl_exit.data.instances import Instances
 from rl_exit.serving.pool import PoolRules, RequestPool, Row
 from rl_exit.serving.steps import Passage, run_step
+from rl_exit.serving.texts import Left
 
 Result = TypeVar("Result")
 
 PACKED_TOKENS = 256  # of MiniLM's size, attention over so many is a tenth of a layer; it grows with the square
-
-
-@dataclass(frozen=True)
-class Left:
-    """How a text left the model.
-
-    Attributes:
-        logits: float32 [C], of the exit where it left.
-        exit_layer: 1..L.
-        seconds: From its arrival.
-    """
-
-    logits: Tensor
-    exit_layer: int
-    seconds: float
 
 
 @dataclass
@@ -198,7 +183,7 @@ class PooledEngine:
         for row in staying:
             row.layer = layer + 1
         self._pool.add(staying, now)
-        for position, logits in zip(outcome.left, outcome.logits, strict=False):
+        for position, logits in zip(outcome.left, outcome.logits.numpy(), strict=False):
             row = rows[position]
             request = row.payload.request
             request.found[row.payload.place] = Left(logits, layer, now - row.arrived)

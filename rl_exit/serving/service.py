@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -16,14 +17,13 @@ import torch
 
 from rl_exit.criteria import Criterion, Fixed
 from rl_exit.data.instances import Instances
-from rl_exit.data.tasks import TextSplit, tokenise
 from rl_exit.dial import DESCRIPTION
-from rl_exit.errors import ModelError
 from rl_exit.inference import run_batch
 from rl_exit.models.choices import chosen_rule
-from rl_exit.serving.engine import Left, PooledEngine
+from rl_exit.serving.engine import PooledEngine
 from rl_exit.serving.pool import PoolRules
 from rl_exit.serving.schema import FULL_DEPTH, Wish
+from rl_exit.serving.texts import Left, TextSide
 
 TIMED = 3  # passes of which the fastest counts, where a text is timed against full depth
 
@@ -34,10 +34,15 @@ class ModelService:
     Args:
         model: An :class:`rl_exit.EarlyExitModel` with its tokenizer.
         rules: Of the pool.
+
+    Attributes:
+        texts: Tokenizer and labels of the model.
+        engine: Its thread.
     """
 
     def __init__(self, model: Any, rules: PoolRules) -> None:
         self.model = model
+        self.texts = TextSide.of(model)
         self.engine = PooledEngine(model, rules)
         self.rule_for = lru_cache(maxsize=64)(self._rule)
 
@@ -60,9 +65,9 @@ class ModelService:
         Raises:
             ConfigError: There is no such operating point.
         """
-        answers = self.engine.submit(self.tokenised(texts, pairs), self.rule_for(wish))
+        answers = self.engine.submit(self.texts.tokenised(texts, pairs), self.rule_for(wish))
         left: list[Left] = await asyncio.wrap_future(answers)
-        return self.told(left)
+        return self.texts.told(left)
 
     async def explain(self, text: str, pair: str | None, wish: Wish) -> dict[str, Any]:
         """What every layer says of a text, where it leaves, and its time alone against full depth.
@@ -70,9 +75,17 @@ class ModelService:
         Raises:
             ConfigError: There is no such operating point.
         """
+        instances = self.texts.tokenised([text], None if pair is None else [pair])
+        return await asyncio.wrap_future(self.explained(instances, wish))
+
+    def explained(self, instances: Instances, wish: Wish) -> Future[dict[str, Any]]:
+        """The explanation of one instance.
+
+        Raises:
+            ConfigError: There is no such operating point.
+        """
         rule = self.rule_for(wish)
-        instances = self.tokenised([text], None if pair is None else [pair])
-        return await asyncio.wrap_future(self.engine.call(lambda: _explained(self.model, instances, rule)))
+        return self.engine.call(lambda: _explained(self.model, instances, rule))
 
     async def states(self) -> dict[str, dict[str, Any]]:
         """The state of this one, by name, as several replicas would tell theirs."""
@@ -85,37 +98,6 @@ class ModelService:
     def close(self) -> None:
         """Answer what is inside, then stop."""
         self.engine.close()
-
-    def tokenised(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Instances:
-        """Texts as the model reads them."""
-        count = len(texts)
-        split = TextSplit(
-            np.arange(count), list(texts), None if pairs is None else list(pairs), np.zeros(count, np.int64)
-        )
-        return tokenise(split, self.model.tokenizer, self.model.max_length)
-
-    def told(self, left: Sequence[Left]) -> list[dict[str, Any]]:
-        """Answers in plain values.
-
-        Raises:
-            ModelError: Not finite.
-        """
-        if not left:
-            return []
-        probabilities = torch.stack([one.logits for one in left]).softmax(-1)
-        if not bool(torch.isfinite(probabilities).all()):
-            raise ModelError("the model's answers are not finite numbers, so its weights are damaged")
-        names = self.model.config.id2label
-        return [
-            {
-                "label": names[number],
-                "label_id": number,
-                "probabilities": row,
-                "exit_layer": one.exit_layer,
-                "milliseconds": 1000 * one.seconds,
-            }
-            for one, number, row in zip(left, probabilities.argmax(-1).tolist(), probabilities.tolist(), strict=True)
-        ]
 
     def _rule(self, wish: Wish) -> Criterion:
         if wish.operating_point == FULL_DEPTH:
@@ -150,7 +132,7 @@ def run_together(model: Any, requests: Sequence[tuple[Instances, Criterion]]) ->
         members = [number for number, (_, other) in enumerate(requests) if other is rule]
         batch = _concatenated([requests[number][0] for number in members])
         out = run_batch(model, batch.batch(range(len(batch))), rule)
-        logits = out.logits.float().cpu()
+        logits = out.logits.float().cpu().numpy()
         seconds = time.monotonic() - started
         row = 0
         for number in members:

@@ -21,6 +21,10 @@ def free_port() -> int:
         return int(tried.getsockname()[1])
 
 
+REPLICA = "ServeReplica:rl-exit:model"
+MODEL = "rl_exit.serving.model_process"  # of a classifier: beside its replica
+
+
 class Server:
     """The command in a process of its own."""
 
@@ -53,14 +57,14 @@ class Server:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
             return str(response.read().decode())
 
-    def replicas(self) -> list[psutil.Process]:
+    def processes(self, word: str) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in children if "ServeReplica:rl-exit:model" in _command(one)]
+        return [one for one in children if word in _command(one)]
 
-    def wait_for_replicas(self, number: int, seconds: float = 60.0) -> list[psutil.Process]:
+    def wait_for(self, word: str, number: int, seconds: float = 60.0) -> list[psutil.Process]:
         until = time.monotonic() + seconds
-        while len(found := self.replicas()) < number:
-            assert time.monotonic() < until, f"{len(found)} of {number} replicas after {seconds} s"
+        while len(found := self.processes(word)) < number:
+            assert time.monotonic() < until, f"{len(found)} of {number} {word} after {seconds} s"
             time.sleep(0.2)
         return found
 

@@ -272,10 +272,10 @@ def test_plain_batching_gives_the_same_answers(service: ModelService) -> None:
     texts = [["the old cat", "a"], ["my red drill near the dog"], ["saw"]]
     rules = [service.rule_for(Wish(threshold=t)) for t in (0.4, 0.4, 1.0)]
     found = run_together(
-        service.model, [(service.tokenised(part, None), rule) for part, rule in zip(texts, rules, strict=True)]
+        service.model, [(service.texts.tokenised(part, None), rule) for part, rule in zip(texts, rules, strict=True)]
     )
     for part, threshold, left in zip(texts, (0.4, 0.4, 1.0), found, strict=True):
-        for answer, one in zip(service.told(left), service.model.predict(part, threshold=threshold), strict=True):
+        for answer, one in zip(service.texts.told(left), service.model.predict(part, threshold=threshold), strict=True):
             assert answer["exit_layer"] == one.exit_layer
             assert answer["probabilities"] == pytest.approx(one.probabilities, abs=1e-5)
 

@@ -145,7 +145,7 @@ def test_requests_from_many_threads_are_all_answered(
                 engine.submit(instances, rule).result(30), alone(model, instances, [rule] * count), strict=True
             ):
                 answers.setdefault(number, []).append(left.exit_layer == layer)
-                torch.testing.assert_close(left.logits, logits, atol=1e-5, rtol=0)
+                torch.testing.assert_close(torch.as_tensor(left.logits), logits, atol=1e-5, rtol=0)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
     for thread in threads:

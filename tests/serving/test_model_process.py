@@ -1,0 +1,132 @@
+"""A model in a process of its own: its answers, its end, what it is told that cannot be done."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rl_exit import EarlyExitModel
+from rl_exit.criteria import Fixed
+from rl_exit.errors import ConfigError, UserError
+from rl_exit.serving.model_process import ModelGone, ModelProcess, ModelSettings
+from rl_exit.serving.schema import FULL_DEPTH, Wish
+
+TEXTS = ["the old cat", "a hammer", "my red drill near the dog", "saw"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("process") / "model"
+    EarlyExitModel.from_backbone(str(tiny_backbone), ["animal", "tool"]).save_pretrained(made)
+    return made
+
+
+@pytest.fixture
+def process(folder: Path) -> Iterator[ModelProcess]:
+    made = ModelProcess(ModelSettings(str(folder)))
+    yield made
+    made.close()
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, within some seconds."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_answers_are_those_of_predict(process: ModelProcess, folder: Path) -> None:
+    model = EarlyExitModel.from_pretrained(folder)
+
+    async def ask() -> None:
+        instances = process.texts.tokenised(TEXTS, None)
+        wishes = [Wish(), Wish(threshold=0.2), Wish(operating_point=FULL_DEPTH)]
+        found = await asyncio.gather(*(process.run(instances, wish) for wish in wishes))
+        expected = [
+            model.predict(TEXTS),
+            model.predict(TEXTS, threshold=0.2),
+            model.predict(TEXTS, criterion=Fixed(model.num_layers)),
+        ]
+        for (left, state), predictions in zip(found, expected, strict=True):
+            for answer, one in zip(process.texts.told(left), predictions, strict=True):
+                assert (answer["label"], answer["exit_layer"]) == (one.label, one.exit_layer)
+                assert answer["probabilities"] == pytest.approx(list(one.probabilities), abs=1e-5)
+            assert state["rows"] >= len(TEXTS)
+        [[together, alone], _] = await process.together([(instances, Wish()), (instances, wishes[1])])
+        assert [one.exit_layer for one in together] == [one.exit_layer for one in expected[0]]
+        assert [one.exit_layer for one in alone] == [one.exit_layer for one in expected[1]]
+        explained = await process.explain(process.texts.tokenised(TEXTS[:1], None), Wish())
+        assert explained["exit_layer"] == expected[0][0].exit_layer
+        with pytest.raises(ConfigError, match="unknown"):
+            await process.run(instances, Wish(operating_point="unknown"))
+
+    asyncio.run(ask())
+
+
+def test_who_gives_up_leaves_nothing_behind(process: ModelProcess) -> None:
+    async def ask() -> None:
+        many = process.texts.tokenised(TEXTS * 500, None)
+        waiting = [asyncio.create_task(process.run(many, Wish(operating_point=FULL_DEPTH))) for _ in range(4)]
+        await asyncio.sleep(0)
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        _, state = await process.run(process.texts.tokenised(TEXTS, None), Wish())
+        assert sum(state["waiting"]) == 0
+        assert not process._open
+
+    asyncio.run(ask())
+
+
+def test_whoever_waits_when_it_dies_is_told(folder: Path) -> None:
+    ends: list[int] = []
+    process = ModelProcess(ModelSettings(str(folder)), gone=lambda: ends.append(1))
+
+    async def ask() -> None:
+        many = process.texts.tokenised(TEXTS * 500, None)
+        waiting = asyncio.create_task(process.run(many, Wish(operating_point=FULL_DEPTH)))
+        await asyncio.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(ModelGone):
+            await waiting
+        with pytest.raises(ModelGone):
+            await process.state()
+
+    asyncio.run(ask())
+    assert ends
+    process.close()
+
+
+def test_closing_answers_what_is_inside(folder: Path) -> None:
+    process = ModelProcess(ModelSettings(str(folder)))
+
+    async def ask() -> None:
+        waiting = asyncio.create_task(process.run(process.texts.tokenised(TEXTS * 20, None), Wish()))
+        await asyncio.sleep(0)
+        await asyncio.get_running_loop().run_in_executor(None, process.close)
+        left, _ = await waiting
+        assert len(left) == 20 * len(TEXTS)
+
+    asyncio.run(ask())
+    assert gone(process.pid)
+
+
+def test_it_ends_with_those_who_started_it(folder: Path) -> None:
+    process = ModelProcess(ModelSettings(str(folder)))
+    process._pipe.close()  # as the kernel does for a process that is killed
+    assert gone(process.pid)
+
+
+def test_a_model_that_cannot_be_loaded_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing"):
+        ModelProcess(ModelSettings(str(tmp_path / "nothing")))
