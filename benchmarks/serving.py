@@ -235,17 +235,22 @@ def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sustained(rows: list[dict[str, Any]], limit: float) -> float | None:
-    """Greatest load whose p95 stays under a limit, on a straight line between the loads that were measured."""
-    best: float | None = None
-    for before, after in zip([None, *rows[:-1]], rows, strict=True):
-        if after["p95_ms"] <= limit:
-            best = after["answered_per_s"]
-        elif before is not None and before["p95_ms"] <= limit:
-            share = (limit - before["p95_ms"]) / (after["p95_ms"] - before["p95_ms"])
-            return float(before["offered_per_s"] + share * (after["offered_per_s"] - before["offered_per_s"]))
-        else:
-            return best
-    return best
+    """Greatest load whose p95 stays under a limit, on a straight line between the loads that were measured.
+
+    p95 rises with the load, so what falls is chance: the rising curve nearest to the medians is read (least squares of
+    their logarithms).
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    loads = [row["offered_per_s"] for row in rows]
+    risen = np.exp(IsotonicRegression().fit_transform(loads, np.log([row["p95_ms"] for row in rows])))
+    within = int((risen <= limit).sum())
+    if within == 0:
+        return None
+    if within == len(rows):
+        return float(rows[-1]["answered_per_s"])
+    share = (limit - risen[within - 1]) / (risen[within] - risen[within - 1])
+    return float(loads[within - 1] + share * (loads[within] - loads[within - 1]))
 
 
 def chaos(args: argparse.Namespace) -> dict[str, Any]:

@@ -278,4 +278,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # As the module that the other side imports, so that what goes over the pipe has the same classes on both.
+    from rl_exit.serving import model_process
+
+    model_process.main()

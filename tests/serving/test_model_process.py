@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,3 +132,21 @@ def test_it_ends_with_those_who_started_it(folder: Path) -> None:
 def test_a_model_that_cannot_be_loaded_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing"):
         ModelProcess(ModelSettings(str(tmp_path / "nothing")))
+
+
+def test_what_cannot_be_done_is_told_and_it_goes_on(process: ModelProcess) -> None:
+    async def ask() -> None:
+        with pytest.raises(RuntimeError, match="AttributeError"):
+            await process._ask("unknown")
+        assert (await process.state())["steps"] == 0
+
+    asyncio.run(ask())
+
+
+def test_both_sides_know_the_same_classes() -> None:
+    """The process is started by its module's name: what it raises must not be of ``__main__``."""
+    run = "runpy.run_module('rl_exit.serving.model_process', run_name='__main__')"
+    code = f"import runpy, sys; sys.argv[1:] = ['nothing']; {run}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "rl_exit/serving/model_process.py" in done.stderr and "in main\n" in done.stderr
+    assert done.stderr.count("model_process.main()") == 1
