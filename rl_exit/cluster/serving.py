@@ -199,8 +199,8 @@ class WriterReplica:
 class HttpFront:
     """The HTTP side; a Serve deployment with one replica, which listens itself.
 
-    Serve's own way to a deployment, its proxy, costs several milliseconds of processor time a request, as much as the
-    layers of a short text; uvicorn in this process a tenth of that.
+    Serve's own way to a deployment, its proxy, takes as much processor time a request as the layers of a short text;
+    uvicorn in this process a tenth of that.
 
     Args:
         handle: Of :class:`ModelReplica` or :class:`WriterReplica`.
