@@ -205,7 +205,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
                 row = middle(each)
                 rows.setdefault(kind, []).append(row)
                 print(kind, json.dumps(row), file=sys.stderr)
-                if row["p95_ms"] > args.most_p95_ms:
+                if not row["p95_ms"] <= args.most_p95_ms:
                     over.add(kind)
     limits = [150, 200, 300, 500, 1000]
     at_equal = {str(limit): {kind: sustained(found, limit) for kind, found in rows.items()} for limit in limits}
@@ -235,7 +235,7 @@ def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sustained(rows: list[dict[str, Any]], limit: float) -> float | None:
-    """Greatest load whose p95 stays under a limit, on a straight line between the loads that were measured.
+    """Requests answered a second at the greatest load whose p95 stays under a limit, between measured loads in line.
 
     p95 rises with the load, so what falls is chance: the rising curve nearest to the medians is read (least squares of
     their logarithms).
@@ -243,14 +243,15 @@ def sustained(rows: list[dict[str, Any]], limit: float) -> float | None:
     from sklearn.isotonic import IsotonicRegression
 
     loads = [row["offered_per_s"] for row in rows]
+    answered = [row["answered_per_s"] for row in rows]
     risen = np.exp(IsotonicRegression().fit_transform(loads, np.log([row["p95_ms"] for row in rows])))
     within = int((risen <= limit).sum())
     if within == 0:
         return None
     if within == len(rows):
-        return float(rows[-1]["answered_per_s"])
+        return float(answered[-1])
     share = (limit - risen[within - 1]) / (risen[within] - risen[within - 1])
-    return float(loads[within - 1] + share * (loads[within] - loads[within - 1]))
+    return float(answered[within - 1] + share * (answered[within] - answered[within - 1]))
 
 
 def chaos(args: argparse.Namespace) -> dict[str, Any]:

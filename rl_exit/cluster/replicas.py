@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from grpc import StatusCode
 from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, RayTaskError
 
@@ -15,8 +16,7 @@ from rl_exit.errors import UserError
 from rl_exit.serving.schema import Wish, WriteRequest
 from rl_exit.serving.web import Refusal
 
-GIVEN_UP = 30  # times that a replica may be gone before a request is refused, half a minute at least
-DEATHS = (RayActorError, AioRpcError)  # what a call meets whose replica dies; the second, while it is being ended
+GIVEN_UP = 30  # times that a replica may be gone before a request is refused, after 26 seconds
 FIRST_WAIT = 0.05  # seconds before a request is given to another replica; doubles with every further death
 
 
@@ -47,7 +47,9 @@ class Asking:
             response = getattr(self.handle, method).remote(*words)
             try:
                 return await response
-            except DEATHS:
+            except (RayActorError, AioRpcError) as error:
+                if not is_gone(error):
+                    raise
                 await self.another(attempt)
             except RayTaskError as error:
                 raise in_words(error) from None
@@ -66,10 +68,13 @@ class Asking:
 
     async def states(self) -> dict[str, dict[str, Any]]:
         """What the replicas last said; one of them is asked anew, and nothing is told where it does not answer."""
+        response = self.handle.state.remote()
         try:
-            self.keep(await asyncio.wait_for(self.handle.state.remote(), 1.0))
-        except (*DEATHS, TimeoutError):
+            self.keep(await asyncio.wait_for(response, 1.0))
+        except Exception:  # noqa: BLE001 - whatever it is, this one does not answer
             return {}
+        finally:
+            response.cancel()
         now = time.monotonic()
         self._states = {name: (at, state) for name, (at, state) in self._states.items() if now - at < 60.0}
         return {name: state for name, (_, state) in self._states.items()}
@@ -137,7 +142,7 @@ class Writers:
                             ended.add(token["index"])
                     yield part
                 return
-            except DEATHS:
+            except RayActorError:
                 if len(ended) == len(told):
                     return
                 await self._asking.another(attempt)
@@ -150,6 +155,11 @@ class Writers:
     async def states(self) -> dict[str, dict[str, Any]]:
         """See :meth:`Asking.states`."""
         return await self._asking.states()
+
+
+def is_gone(error: RayActorError | AioRpcError) -> bool:
+    """Whether the replica that was asked is no more, or is being ended."""
+    return isinstance(error, RayActorError) or error.code() in (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)
 
 
 def in_words(error: RayTaskError) -> Exception:

@@ -232,7 +232,9 @@ class HttpFront:
         if self._listening is None:
             settings: dict[str, Any] = {"lifespan": "off", "access_log": False, "log_config": None}
             config = uvicorn.Config(self._application, timeout_keep_alive=KEPT_OPEN, **settings)
-            listening = uvicorn.Server(config).serve([bound(*self._address)])
+            address = bound(*self._address)
+            address.listen()  # here, so that an address which another process has taken is told
+            listening = uvicorn.Server(config).serve([address])
             self._listening = asyncio.get_running_loop().create_task(listening)
         if self._listening.done():
             raise RuntimeError("the HTTP side has ended")

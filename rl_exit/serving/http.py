@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
 from rl_exit import __version__
 from rl_exit.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ from rl_exit.serving.schema import (
     Wish,
     unknown_point,
 )
-from rl_exit.serving.web import Door, Refusal, add_common, plain_schema, problems
+from rl_exit.serving.web import Door, Refusal, add_common, plain_schema, problems, unless_gone
 
 PAGE = {
     "/": ("serve.html", "text/html"),
@@ -130,17 +130,17 @@ def build_app(front: Front) -> FastAPI:
     refusals = problems(s422="JSON of another form, a blank text, or an unknown operating point.")
 
     @app.post("/v1/predict", response_model=Answer, responses=refusals, summary="Label a text")
-    async def predict(body: OneText) -> dict[str, Any]:
+    async def predict(body: OneText, request: Request) -> dict[str, Any]:
         pairs = None if body.text_pair is None else [body.text_pair]
-        return (await front.answers([body.text], pairs, _wish(body)))[0]
+        return (await unless_gone(front.answers([body.text], pairs, _wish(body)), request))[0]
 
     @app.post("/v1/predict/batch", response_model=Answers, responses=refusals, summary="Label several texts")
-    async def predict_batch(body: ManyTexts) -> dict[str, Any]:
-        return {"predictions": await front.answers(body.texts, body.text_pairs, _wish(body))}
+    async def predict_batch(body: ManyTexts, request: Request) -> dict[str, Any]:
+        return {"predictions": await unless_gone(front.answers(body.texts, body.text_pairs, _wish(body)), request)}
 
     @app.post("/v1/explain", response_model=Explanation, responses=refusals, summary="A text, layer by layer")
-    async def explain(body: OneText) -> dict[str, Any]:
-        return await front.explanation(body.text, body.text_pair, _wish(body))
+    async def explain(body: OneText, request: Request) -> dict[str, Any]:
+        return await unless_gone(front.explanation(body.text, body.text_pair, _wish(body)), request)
 
     @app.get("/v1/model", response_model=ModelAnswer, summary="The model and the limits")
     async def model() -> dict[str, Any]:

@@ -20,7 +20,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from threading import Lock
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from rl_exit.data.instances import Instances
@@ -121,7 +122,7 @@ class ModelProcess:
         return found
 
     def close(self) -> None:
-        """Let it answer what is inside, then end it."""
+        """End it. What is inside is answered first, and told where the event loop runs on meanwhile."""
         self._gone = lambda: None
         try:
             self._pipe.send(None)
@@ -137,13 +138,15 @@ class ModelProcess:
         self._asked += 1
         number = self._asked
         answer = self._open[number] = self._loop.create_future()
-        self._send((number, method, words))
         try:
+            self._send((number, method, words))
             return await answer
         except asyncio.CancelledError:
-            if self._open.pop(number, None) is not None:
+            if number in self._open:
                 self._send((number, "cancel", ()))
             raise
+        finally:
+            self._open.pop(number, None)
 
     def _send(self, message: Any) -> None:
         try:
@@ -191,7 +194,9 @@ class _Worker:
         model = EarlyExitModel.from_pretrained(settings.model).eval()
         self.service = ModelService(model, measure_rules(model, settings.batch_size, settings.deadline))
         self._pipe = pipe
-        self._sending = Lock()
+        self._answers: SimpleQueue[Any] = SimpleQueue()
+        self._sender = Thread(target=self._send_answers, name="rl-exit-answers", daemon=True)
+        self._sender.start()
         self._open: dict[int, Future[Any]] = {}
         gc.collect()
         gc.freeze()  # the model stays, so it need not be looked through at every collection
@@ -205,6 +210,8 @@ class _Worker:
                 os._exit(0)
             if message is None:
                 self.service.close()
+                self._answers.put(None)
+                self._sender.join()
                 return
             number, method, words = message
             try:
@@ -245,19 +252,28 @@ class _Worker:
             self._open.pop(number, None)
             if answer.cancelled():
                 return
-            error = answer.exception()
-            self._tell(number, told(answer.result()) if error is None else None, error)
+            try:
+                self._tell(number, told(answer.result()))
+            except Exception as error:  # noqa: BLE001 - whoever asked is told
+                self._tell(number, None, error)
 
         answer.add_done_callback(done)
 
     def _tell(self, number: int, answer: Any, error: BaseException | None = None) -> None:
         if error is not None and not isinstance(error, UserError | ModelGone):
             error = RuntimeError(f"{type(error).__name__}: {error}")  # any other may not survive the pipe
-        with self._sending:
+        self._answers.put((number, answer, error))
+
+    def _send_answers(self) -> None:
+        """In a thread of its own: while the other side does not read, questions are taken and the model runs all the
+        same, or both sides could wait for each other with full pipes."""
+        while (message := self._answers.get()) is not None:
             try:
-                self._pipe.send((number, answer, error))
+                self._pipe.send(message)
             except OSError:
                 os._exit(0)
+            except Exception as error:  # noqa: BLE001 - what cannot be sent is said to those who wait
+                self._pipe.send((message[0], None, RuntimeError(f"the answer cannot be sent: {error!r}")))
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -23,6 +23,8 @@ POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src '
 WORDS = {404: "not_found", 405: "wrong_method"}
 GONE = 499  # the client went away
 
+Found = TypeVar("Found")
+
 
 class Refusal(Exception):
     """A request that is answered with a status and a :class:`Problem`."""
@@ -31,6 +33,10 @@ class Refusal(Exception):
         super().__init__(message)
         self.status = status
         self.problem = Problem(error=error, message=message, where=where)
+
+
+class Gone(Exception):
+    """The client went away; nobody reads an answer."""
 
 
 class Door:
@@ -118,6 +124,7 @@ def add_common(app: FastAPI, door: Door, backend: Callable[[], Asked], page: Map
 
     for path, (file, kind) in page.items():
         app.add_api_route(path, _page(file, kind), include_in_schema=False)
+    app.add_exception_handler(Gone, _nobody)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _other)
@@ -171,6 +178,40 @@ def _page(file: str, kind: str) -> Callable[[], Any]:
 def _problem(status: int, problem: Problem) -> JSONResponse:
     headers = {"Retry-After": "1"} if status == 503 else None
     return JSONResponse(problem.model_dump(), status, headers)
+
+
+async def unless_gone(work: Awaitable[Found], request: Request) -> Found:
+    """Wait for work as long as the client does; ends the work where it goes away.
+
+    Raises:
+        Gone: It did.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(client_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        await end_all(task, gone)
+
+
+async def client_gone(receive: Receive) -> None:
+    """Until the client goes away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def end_all(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks and wait for their end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=GONE)  # seen by the metrics alone
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -18,7 +18,16 @@ from rl_exit import __version__
 from rl_exit.errors import ConfigError, DataError
 from rl_exit.serving.metrics import WritingMetrics
 from rl_exit.serving.schema import Limits, Problem, WriteRequest, unknown_point
-from rl_exit.serving.web import GONE, Door, Refusal, add_common, plain_schema, problems
+from rl_exit.serving.web import (
+    Door,
+    Refusal,
+    add_common,
+    client_gone,
+    end_all,
+    plain_schema,
+    problems,
+    unless_gone,
+)
 from rl_exit.serving.writing_schema import ManyWritten, Prompts, WriterAnswer, WriterInfo, Written, WrittenToken
 
 PAGE = {
@@ -166,7 +175,7 @@ def build_writing_app(front: WritingFront) -> FastAPI:
         wanted = front.request_of(body)
         if body.stream:
             return await _begun(front.events(wanted), request)
-        found = await _unless_gone(front.write(wanted), request)
+        found = await unless_gone(front.write(wanted), request)
         return found[0] if isinstance(body.prompt, str) else {"generations": found}
 
     @app.get("/v1/model", response_model=WriterAnswer, summary="The model and the limits")
@@ -176,13 +185,8 @@ def build_writing_app(front: WritingFront) -> FastAPI:
         return {**asdict(front.info), **sizes}
 
     add_common(app, front.door, lambda: front.backend, PAGE)
-    app.add_exception_handler(Gone, _nobody)
     app.openapi = lambda: _schema(app, front)  # type: ignore[method-assign]
     return app
-
-
-class Gone(Exception):
-    """The client went away; nobody reads an answer."""
 
 
 class EventStream(Response):
@@ -204,13 +208,13 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI wants it."""
         sending = asyncio.ensure_future(self._send(send))
-        gone = asyncio.ensure_future(_gone(receive))
+        gone = asyncio.ensure_future(client_gone(receive))
         try:
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         finally:
-            await _end(sending, gone)
+            await end_all(sending, gone)
             await self._rest.aclose()
 
     async def _send(self, send: Send) -> None:
@@ -223,39 +227,7 @@ class EventStream(Response):
 
 async def _begun(events: AsyncGenerator[str, None], request: Request) -> Response:
     """A response once the first event is there, so that a refusal still has a status of its own."""
-    return EventStream(await _unless_gone(anext(events), request), events)
-
-
-async def _unless_gone(work: Awaitable[Found], request: Request) -> Found:
-    """Wait for work as long as the client does; ends the work where it goes away.
-
-    Raises:
-        Gone: It did.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Gone
-        return task.result()
-    finally:
-        await _end(task, gone)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _end(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=GONE)  # seen by the metrics alone
+    return EventStream(await unless_gone(anext(events), request), events)
 
 
 async def _in_time(work: Awaitable[Found], left: float, timeout: float) -> Found:

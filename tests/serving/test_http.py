@@ -14,6 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from rl_exit import EarlyExitModel
+from rl_exit.criteria import Fixed
 from rl_exit.errors import ConfigError
 from rl_exit.serving.http import Front, build_app
 from rl_exit.serving.pool import PoolRules
@@ -217,8 +218,12 @@ def test_ending_answers_what_is_open_and_takes_no_more(front: Front) -> None:
                 "http_version": "1.1",
             }
 
+            parts = [{"type": "http.request", "body": body}]
+
             async def receive() -> dict[str, Any]:
-                return {"type": "http.request", "body": body}
+                if not parts:
+                    await asyncio.sleep(60)  # the client stays
+                return parts.pop()
 
             async def send(message: Any) -> None:
                 messages.append(message)
@@ -294,3 +299,36 @@ def test_a_failure_of_the_model_is_a_500_with_a_message_and_no_details(front: Fr
     with TestClient(build_app(front), raise_server_exceptions=False) as client:
         failed = client.post("/v1/predict", json={"text": "cat"})
     assert failed.status_code == 500 and failed.json()["error"] == "internal" and "secret" not in failed.text
+
+
+def test_a_client_that_leaves_is_not_worked_for(front: Front, service: ModelService) -> None:
+    free = threading.Event()
+    service.engine.call(lambda: free.wait(20))
+    body = json.dumps({"texts": ["the old cat", "saw"]}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/predict/batch", "headers": headers, "query_string": b""}
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        parts = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            part = next(parts, None)
+            if part is None:
+                while front.door.inside == 0:
+                    await asyncio.sleep(0.01)
+                return {"type": "http.disconnect"}
+            return part
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async with asyncio.timeout(10):
+            await build_app(front)(scope, receive, send)
+
+    before = service.engine.counts.rows
+    asyncio.run(ask())
+    assert front.door.inside == 0 and sent[0]["status"] == 499
+    free.set()
+    assert service.engine.submit(service.texts.tokenised(["the old cat"], None), Fixed(1)).result(10)
+    assert service.engine.counts.rows == before + 1, "its texts were dropped"
