@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -134,7 +135,7 @@ class ModelProcess:
     async def _ask(self, method: str, *words: Any) -> Any:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-            self._loop.add_reader(self._pipe.fileno(), self._read)
+            Thread(target=self._read, name="rl-exit-answers", daemon=True).start()
         self._asked += 1
         number = self._asked
         answer = self._open[number] = self._loop.create_future()
@@ -155,27 +156,29 @@ class ModelProcess:
             self._ended()
 
     def _read(self) -> None:
-        """Hand out what has come."""
-        try:
-            while self._pipe.poll():
-                number, answer, error = self._pipe.recv()
-                waiting = self._open.pop(number, None)
-                if waiting is None or waiting.done():
-                    continue  # given up
-                if error is None:
-                    waiting.set_result(answer)
-                else:
-                    waiting.set_exception(error)
-        except (EOFError, OSError):
-            self._ended()
+        """In a thread of its own, and not by the event loop's readers: uvloop's make the pipe one that does not block,
+        so that an answer of which the first part is there would fail as if the process were gone."""
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            try:
+                while True:
+                    self._loop.call_soon_threadsafe(self._hand_out, *self._pipe.recv())
+            except (EOFError, OSError):
+                self._loop.call_soon_threadsafe(self._ended)
+
+    def _hand_out(self, number: int, answer: Any, error: Exception | None) -> None:
+        waiting = self._open.get(number)
+        if waiting is None or waiting.done():
+            return  # given up
+        if error is None:
+            waiting.set_result(answer)
+        else:
+            waiting.set_exception(error)
 
     def _ended(self) -> None:
-        assert self._loop is not None
-        self._loop.remove_reader(self._pipe.fileno())
-        waiting, self._open = self._open, {}
-        for one in waiting.values():
-            if not one.done():
-                one.set_exception(ModelGone("the model's process has ended"))
+        for waiting in self._open.values():
+            if not waiting.done():
+                waiting.set_exception(ModelGone("the model's process has ended"))
         self._gone()
 
 

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvloop
 
 from rl_exit import EarlyExitModel
 from rl_exit.criteria import Fixed
@@ -153,8 +155,9 @@ def test_both_sides_know_the_same_classes() -> None:
     assert done.stderr.count("model_process.main()") == 1
 
 
-def test_full_pipes_do_not_hold_each_other(process: ModelProcess) -> None:
-    """More goes either way than a pipe holds, before anything is read."""
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])  # Ray's actors run on uvloop
+def test_full_pipes_do_not_hold_each_other(process: ModelProcess, run: Callable[[Any], None]) -> None:
+    """More goes either way than a pipe holds, before anything is read; and one answer is more than it holds."""
 
     async def ask() -> None:
         many = process.texts.tokenised(TEXTS * 2000, None)
@@ -163,4 +166,4 @@ def test_full_pipes_do_not_hold_each_other(process: ModelProcess) -> None:
             found = await asyncio.gather(*asked)
         assert all(len(left) == len(TEXTS) * 2000 for left, _ in found[:12])  # type: ignore[misc]
 
-    asyncio.run(ask())
+    run(ask())
