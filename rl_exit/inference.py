@@ -76,8 +76,8 @@ def run_batch(model: LayeredModel, batch: Mapping[str, Tensor], criterion: Crite
                 exit_layer[:] = left.layer
                 return EngineOutput(left.logits, exit_layer)
             logits = left.logits.new_zeros((len(exit_layer), left.logits.shape[1]))
-        logits[left.rows.to(logits.device)] = left.logits
-        exit_layer[left.rows] = left.layer
+        logits[torch.from_numpy(left.rows).to(logits.device)] = left.logits
+        exit_layer[torch.from_numpy(left.rows)] = left.layer
     assert logits is not None  # at layer L all rows leave
     return EngineOutput(logits, exit_layer)
 
@@ -113,20 +113,21 @@ def run_instances(
     check_batch_size(batch_size)
     if len(instances) == 0:
         raise ValueError("run_instances needs at least one instance")
-    logits: Tensor | None = None
-    exit_layer = torch.empty(len(instances), dtype=torch.int64)
+    # Filled by numpy: a few rows come at a time, for which torch takes several times as long.
+    logits: npt.NDArray[np.float32] | None = None
+    exit_layer = np.empty(len(instances), dtype=np.int64)
     done = 0
     with evaluating(model), torch.inference_mode():
         for left in _leaving(model, instances, criterion, batch_size, pooled):
             if logits is None:
-                logits = torch.empty((len(instances), left.logits.shape[1]), dtype=torch.float32)
-            logits[left.rows] = left.logits.to("cpu", torch.float32)
+                logits = np.empty((len(instances), left.logits.shape[1]), dtype=np.float32)
+            logits[left.rows] = left.logits.to("cpu", torch.float32).numpy()
             exit_layer[left.rows] = left.layer
             done += len(left.rows)
             if progress is not None:
                 progress.update(done)
     assert logits is not None
-    return EngineOutput(logits, exit_layer)
+    return EngineOutput(torch.from_numpy(logits), torch.from_numpy(exit_layer))
 
 
 def _leaving(
@@ -136,7 +137,7 @@ def _leaving(
     from rl_exit.data.batching import length_sorted_batches
 
     def entering(rows: npt.NDArray[np.int64]) -> Callable[[], Survivors]:
-        return lambda: enter(model, instances.batch(rows), criterion, torch.from_numpy(rows))
+        return lambda: enter(model, instances.batch(rows), criterion, rows)
 
     arrivals = (entering(rows) for rows in length_sorted_batches(instances.lengths, batch_size))
     if pooled:

@@ -67,7 +67,7 @@ class DepthPool:
         for layer in reversed(range(self.num_layers)):
             if self._counts[layer] >= rows:
                 return layer
-            if tokens is not None and sum(len(g) * g.state.length for g in self._groups[layer]) >= tokens:
+            if tokens is not None and sum(len(g) * g.longest for g in self._groups[layer]) >= tokens:
                 return layer
         return None
 

@@ -20,7 +20,8 @@ evaluation mode; groups hold tensors of that mode. Not safe to call from several
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -28,8 +29,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rl_exit.criteria.base import Carry, Criterion, LayerView, compact
+from rl_exit.criteria.base import Carry, Criterion, LayerView
 from rl_exit.models.backbones.base import join_states
+from rl_exit.models.backbones.rows import Indices
 
 if TYPE_CHECKING:
     from rl_exit.models.backbones import SteppedBackbone, StepState
@@ -57,29 +59,44 @@ class LayeredModel(Protocol):
 class Survivors:
     """Rows that have run the same layers and have not left.
 
+    What the last layer gave is kept as it is; who stays is a list of row numbers, and rows are copied once, when the
+    next layer runs.
+
     Attributes:
         layer: Layers they have run, 0..L-1.
-        state: Their hidden states.
-        carry: What the criterion remembers of them, one row each.
-        rows: The caller's number of each row, int64 [B] on the CPU.
+        state: The hidden states of a batch that they are part of.
+        carry: What the criterion remembers of that batch, one row each.
+        numbers: The caller's number of each row of that batch, int64.
+        kept: Which of its rows are meant, int64 [B]; None: all.
     """
 
     layer: int
     state: StepState
     carry: Carry
-    rows: Tensor
+    numbers: Indices
+    kept: Indices | None = None
 
     def __len__(self) -> int:
-        """Number of rows."""
-        return self.rows.shape[0]
+        """Number of rows, B."""
+        return len(self.numbers) if self.kept is None else len(self.kept)
+
+    @property
+    def rows(self) -> Indices:
+        """The caller's number of each row, int64 [B]."""
+        return self.numbers if self.kept is None else self.numbers[self.kept]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        lengths = self.state.lengths.numpy()
+        return int((lengths if self.kept is None else lengths[self.kept]).max())
 
     def split(self, count: int) -> tuple[Survivors, Survivors | None]:
-        """The first ``count`` rows, and the others if there are any. Views: nothing is copied until they are joined."""
+        """The first ``count`` rows, and the others if there are any; nothing is copied."""
         if count >= len(self):
             return self, None
-        first = Survivors(self.layer, self.state.head(count), _part(self.carry, slice(None, count)), self.rows[:count])
-        rest = Survivors(self.layer, self.state.tail(count), _part(self.carry, slice(count, None)), self.rows[count:])
-        return first, rest
+        kept = np.arange(len(self)) if self.kept is None else self.kept
+        return replace(self, kept=kept[:count]), replace(self, kept=kept[count:])
 
 
 @dataclass(frozen=True)
@@ -88,12 +105,12 @@ class Left:
 
     Attributes:
         layer: 1..L.
-        rows: The caller's number of each, int64 [B'] on the CPU.
+        rows: The caller's number of each, int64 [B'].
         logits: [B', C] of that layer's exit or the criterion's own answer there, on the model's device.
     """
 
     layer: int
-    rows: Tensor
+    rows: Indices
     logits: Tensor
 
 
@@ -106,7 +123,7 @@ class Step:
 
 
 def enter(
-    model: LayeredModel, batch: Mapping[str, Tensor], criterion: Criterion, rows: Tensor | None = None
+    model: LayeredModel, batch: Mapping[str, Tensor], criterion: Criterion, rows: npt.ArrayLike | None = None
 ) -> Survivors:
     """Embed a batch.
 
@@ -122,8 +139,9 @@ def enter(
     """
     device = model.device
     state = model.backbone.begin(**{key: value.to(device) for key, value in batch.items()})
-    numbers = torch.arange(state.batch_size) if rows is None else rows
-    return Survivors(0, state, criterion.start(state.batch_size, device), numbers)
+    count = state.batch_size
+    numbers = np.arange(count) if rows is None else np.asarray(rows, dtype=np.int64)
+    return Survivors(0, state, criterion.start(count, device), numbers)
 
 
 def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Step:
@@ -136,33 +154,27 @@ def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Ste
         inside: Who runs; used up: go on with what is returned.
         criterion: Who leaves; the one that the rows entered with.
     """
-    if not inside.state.masks:
-        inside = Survivors(inside.layer, join_states([inside.state]), inside.carry, inside.rows)
-    layer = inside.layer + 1
+    if inside.kept is not None:
+        inside = join([inside])
+    layer, carry, numbers = inside.layer + 1, inside.carry, inside.numbers
     state = model.backbone.step(layer, inside.state)
     view = model.view(layer, state)
-    rows, carry = inside.rows, inside.carry
     if layer == model.num_layers:
-        return Step(Left(layer, rows, _said(criterion, layer, view, carry)), None)
+        return Step(Left(layer, numbers, _said(criterion, layer, view, carry)), None)
     leave = _leave(criterion, layer, view, carry)
     if leave is None or len(leaving := np.flatnonzero(leave)) == 0:
-        return Step(None, Survivors(layer, state, carry, rows))
+        return Step(None, Survivors(layer, state, carry, numbers))
     said = _said(criterion, layer, view, carry)
-    if len(leaving) == rows.shape[0]:
-        return Step(Left(layer, rows, said), None)
-    staying, left = torch.from_numpy(np.flatnonzero(~leave)), torch.from_numpy(leaving)
-    longest = max(int(state.lengths.index_select(0, staying).max()), 1)
-    stay = Survivors(
-        layer,
-        state.select(staying, length=longest, masks=False),
-        compact(carry, staying.to(state.hidden.device)),
-        rows.index_select(0, staying),
-    )
-    return Step(Left(layer, rows.index_select(0, left), said.index_select(0, left.to(said.device))), stay)
+    if len(leaving) == len(numbers):
+        return Step(Left(layer, numbers, said), None)
+    stay = Survivors(layer, state, carry, numbers, np.flatnonzero(~leave))
+    if 2 * len(leaving) > len(numbers):
+        stay = join([stay])  # a few rows must not keep the memory of many while they wait
+    return Step(Left(layer, numbers[leaving], said.index_select(0, torch.from_numpy(leaving).to(said.device))), stay)
 
 
 def join(groups: Sequence[Survivors]) -> Survivors:
-    """One group of several that stand after the same layer, in their order.
+    """One group of several that stand after the same layer, in their order, in memory of its own.
 
     Args:
         groups: One or more, of one model and one criterion.
@@ -170,15 +182,18 @@ def join(groups: Sequence[Survivors]) -> Survivors:
     Raises:
         ValueError: No groups, or after different layers, or their criteria remember different things.
     """
-    if len(groups) == 1:
-        return groups[0]
     if not groups or any(group.layer != groups[0].layer for group in groups):
         raise ValueError("join needs groups that stand after the same layer")
-    if any(group.carry.keys() != groups[0].carry.keys() for group in groups):
+    first = groups[0]
+    if len(groups) == 1 and first.kept is None:
+        return first
+    if any(group.carry.keys() != first.carry.keys() for group in groups):
         raise ValueError("join needs groups of one criterion: what they remember has different names")
-    carry = {key: torch.cat([group.carry[key] for group in groups]) for key in groups[0].carry}
-    rows = torch.cat([group.rows for group in groups])
-    return Survivors(groups[0].layer, join_states([group.state for group in groups]), carry, rows)
+    kept = [group.kept for group in groups]
+    carry = {key: _of_rows([group.carry[key] for group in groups], kept) for key in first.carry}
+    state = join_states([group.state for group in groups], kept)
+    numbers = first.rows if len(groups) == 1 else np.concatenate([group.rows for group in groups])
+    return Survivors(first.layer, state, carry, numbers)
 
 
 def _leave(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> npt.NDArray[np.bool_] | None:
@@ -196,5 +211,10 @@ def _said(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> Te
     return view.logits if answer is None else answer(layer, view, carry)
 
 
-def _part(carry: Carry, rows: slice) -> Carry:
-    return {key: value[rows] for key, value in carry.items()}
+def _of_rows(memories: Sequence[Tensor], kept: Sequence[Indices | None]) -> Tensor:
+    """The given rows of each, one after the other."""
+    parts = [
+        memory if some is None else memory.index_select(0, torch.from_numpy(some).to(memory.device))
+        for memory, some in zip(memories, kept, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -107,14 +107,12 @@ class Instances:
         lengths = self.lengths[chosen]
         column = np.arange(max(int(lengths.max()), 1))
         mask = column < lengths[:, None]
-        source = (self.offsets[chosen][:, None] + column)[mask]
-        input_ids = np.full(mask.shape, self.pad_token_id, dtype=np.int64)
-        input_ids[mask] = self.tokens[source]
+        # Beyond a row's end its neighbours' tokens are read, then covered.
+        source = self.offsets[chosen][:, None] + column
+        input_ids = _covered(self.tokens, source, mask, self.pad_token_id)
         batch = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
         if self.token_types is not None:
-            token_type_ids = np.zeros(mask.shape, dtype=np.int64)
-            token_type_ids[mask] = self.token_types[source]
-            batch["token_type_ids"] = torch.from_numpy(token_type_ids)
+            batch["token_type_ids"] = torch.from_numpy(_covered(self.token_types, source, mask, 0))
         return batch
 
     def _one(self, start: int, length: int) -> dict[str, Tensor]:
@@ -204,3 +202,12 @@ class Instances:
         if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
             raise IndexError(f"row {chosen.min()}..{chosen.max()} outside 0..{len(self) - 1}")
         return chosen
+
+
+def _covered(
+    values: npt.NDArray[Any], source: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_], filling: int
+) -> npt.NDArray[np.int64]:
+    """The values at the given places where the mask is set, else the filling; [B, T]."""
+    if not len(values):
+        return np.full(mask.shape, filling, dtype=np.int64)
+    return np.where(mask, values.take(source, mode="clip"), np.int64(filling)).astype(np.int64, copy=False)

@@ -327,19 +327,7 @@ class EarlyExitModel(PreTrainedModel):
 
     def view(self, layer: int, state: StepState) -> LayerView:
         """What a criterion sees after ``layer``: pooled state, exit logits and policy, computed when read."""
-        heads = self.answer_heads
-        view = LayerView(
-            layer,
-            self.num_layers,
-            state.batch_size,
-            state.hidden.device,
-            state=lambda: self._pooled(layer, state),
-            logits=lambda: self.exits.at(layer, view.state),
-            exit_logit=lambda carry: self._exit_logit(view, carry, state),
-            answer=None if heads is None else lambda: heads.at(layer, view.state, view.logits),
-            leaving=lambda cut, carry: self._leaving(view, carry, state, cut),
-        )
-        return view
+        return _View(self, layer, state)
 
     def all_exits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -556,6 +544,31 @@ class EarlyExitModel(PreTrainedModel):
         if how == "mean" and not state.padded:
             return hidden.mean(1)
         return pool(hidden, state.attention_mask, how)
+
+
+class _View(LayerView):
+    """What a criterion sees of an :class:`EarlyExitModel`; made once a step, so it keeps no functions."""
+
+    def __init__(self, model: EarlyExitModel, layer: int, state: StepState) -> None:
+        self.layer, self.num_layers = layer, model.num_layers
+        self.batch_size, self.device, self.progress = state.hidden.shape[0], state.hidden.device, None
+        self._model, self._step = model, state
+
+    def _state(self) -> Tensor:
+        return self._model._pooled(self.layer, self._step)
+
+    def _logits(self) -> Tensor:
+        return self._model.exits.at(self.layer, self.state)
+
+    def _answer(self) -> Tensor:
+        heads = self._model.answer_heads
+        return self.logits if heads is None else heads.at(self.layer, self.state, self.logits)
+
+    def _exit_logit(self, carry: Carry) -> Tensor:
+        return self._model._exit_logit(self, carry, self._step)
+
+    def _leaving(self, above: float, carry: Carry) -> npt.NDArray[np.bool_] | None:
+        return self._model._leaving(self, carry, self._step, above)
 
 
 def _weighted_loss(logits: Tensor, labels: Tensor) -> Tensor:

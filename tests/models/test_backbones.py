@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -250,10 +251,10 @@ def test_joined_batches_go_on_as_if_alone(name: str, attention: str, shorter_fir
     backbone, batches = build(name, attention), [make_batch((3, 5, 1), seed=1), make_batch((12, 9, 7), seed=2)]
     states = [run_to(backbone, 1, backbone.begin(**batch)) for batch in batches]
     alone = [run_to(backbone, backbone.num_layers, state, first=2) for state in states]
-    parts = [(states[0], batches[0], alone[0], range(3)), (states[1].tail(1), batches[1], alone[1], (1, 2))]
+    parts = [(states[0], batches[0], alone[0], range(3)), (states[1], batches[1], alone[1], (1, 2))]
     if not shorter_first:
         parts.reverse()
-    joined = join_states([part[0] for part in parts])
+    joined = join_states([part[0] for part in parts], [np.asarray(part[3]) for part in parts])
     assert (joined.batch_size, joined.length) == (5, 9)
     found, start = run_to(backbone, backbone.num_layers, joined, first=2), 0
     for _, batch, expected, rows in parts:

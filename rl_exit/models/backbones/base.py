@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rl_exit.errors import ModelError
 from rl_exit.models.backbones.blocks import Blocks
 from rl_exit.models.backbones.masks import MaskForm, attention_mask_for, attention_of
+from rl_exit.models.backbones.rows import Indices, pad_rows
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class StepState:
             after.__dict__["attention_mask"] = mask
         return after
 
-    def select(self, rows: Tensor, length: int | None = None, masks: bool = True) -> StepState:
+    def select(self, rows: Tensor, length: int | None = None) -> StepState:
         """Return the state of some rows, with right padding trimmed; positions stay as they are.
 
         Masks are built anew for what is left, and dropped where no padding is left. ``int(state.lengths[rows].max())``
@@ -97,7 +98,6 @@ class StepState:
         Args:
             rows: Which rows to keep and in which order, integer [B'] on any device (best the CPU, where `lengths` is).
             length: Tokens to keep, at least the longest kept row; None keeps T.
-            masks: False: without masks, to be given to :func:`join_states`.
 
         Raises:
             ValueError: `length` would cut real tokens off, or is greater than T.
@@ -115,24 +115,13 @@ class StepState:
             hidden=hidden,
             lengths=lengths,
             padded=padded,
-            masks=self.backbone.masks(hidden, lengths, padded) if masks else {},
+            masks=self.backbone.masks(hidden, lengths, padded),
             tables=self.tables if keep == self.length else self.tables.trim(keep),
             backbone=self.backbone,
         )
 
-    def head(self, count: int) -> StepState:
-        """Return the first `count` rows as a view, untrimmed and with no masks: to be given to :func:`join_states`."""
-        return self._part(slice(None, count))
 
-    def tail(self, count: int) -> StepState:
-        """Return all rows but the first `count`, as :meth:`head` does."""
-        return self._part(slice(count, None))
-
-    def _part(self, rows: slice) -> StepState:
-        return StepState(self.hidden[rows], self.lengths[rows], True, {}, self.tables, self.backbone)
-
-
-def join_states(states: Sequence[StepState]) -> StepState:
+def join_states(states: Sequence[StepState], rows: Sequence[Indices | None] | None = None) -> StepState:
     """Put batches that stand after the same layer together, in their order, padded to the longest row among them.
 
     Rows do not see each other, so each goes on as it would have alone. Batches of different padding may be joined: the
@@ -140,6 +129,7 @@ def join_states(states: Sequence[StepState]) -> StepState:
 
     Args:
         states: One or more of the same backbone, after the same layer.
+        rows: Of each batch, which of its rows, int64, in the order wanted; None: all.
 
     Returns:
         The rows of all of them, [sum of B, T, H], with masks for the next layer.
@@ -150,28 +140,26 @@ def join_states(states: Sequence[StepState]) -> StepState:
     if not states or any(state.backbone is not states[0].backbone for state in states):
         raise ValueError("join_states needs one or more states of one backbone")
     backbone = states[0].backbone
-    lengths = torch.cat([state.lengths for state in states])
-    keep = max(int(lengths.max()), 1) if lengths.shape[0] else states[0].length
+    chosen = (None,) * len(states) if rows is None else rows
+    parts = [
+        state.lengths.numpy() if some is None else state.lengths.numpy()[some]
+        for state, some in zip(states, chosen, strict=True)
+    ]
+    lengths = parts[0] if len(parts) == 1 else np.concatenate(parts)
     # What the layers read beside the rows is the same for every row; the longest batch has all positions.
-    longest = max(states, key=lambda state: state.length)
-    if len(states) == 1 and longest.length == keep:
+    longest = max(states, key=lambda state: state.length) if len(states) > 1 else states[0]
+    keep = max(int(lengths.max()), 1) if len(lengths) else longest.length
+    if len(states) == 1 and chosen[0] is None and longest.length == keep:
         hidden = longest.hidden
-    elif all(state.length >= keep for state in states):
-        hidden = torch.cat([state.hidden[:, :keep] for state in states])
     else:
-        first = longest.hidden
-        hidden = first.new_zeros((lengths.shape[0], keep, first.shape[2]))
-        start = 0
-        for state in states:
-            rows, columns = slice(start, start + state.batch_size), min(state.length, keep)
-            hidden[rows, :columns] = state.hidden[:, :columns]
-            start += state.batch_size
-    padded = _shorter_than(lengths, keep)
+        hidden = pad_rows([state.hidden for state in states], chosen, lengths, keep)
+    own = torch.from_numpy(lengths)
+    shorter = len(lengths) > 0 and int(lengths.min()) < keep
     return StepState(
         hidden=hidden,
-        lengths=lengths,
-        padded=padded,
-        masks=backbone.masks(hidden, lengths, padded),
+        lengths=own,
+        padded=shorter,
+        masks=backbone.masks(hidden, own, shorter),
         tables=longest.tables if keep == longest.length else longest.tables.trim(keep),
         backbone=backbone,
     )
@@ -239,6 +227,8 @@ class SteppedBackbone(nn.Module):
         hidden_size: H.
         is_decoder: Whether attention is causal.
         packs: Whether :meth:`step` can run rows end to end, without padding.
+        boolean_mask: Whether the one mask of all layers is bool [B, 1, 1, T] and hides padding alone, as of the last
+            :meth:`begin` (the attention of a model may be changed).
 
     Raises:
         ModelError: The configuration is one that cannot be run exactly.
@@ -260,6 +250,7 @@ class SteppedBackbone(nn.Module):
         self.is_decoder = family.causal
         self._family = family
         self._reaches = family.reaches(config, self.num_layers)
+        self.boolean_mask = self._masks_padding_alone()
         # A feed-forward part that takes its tokens in chunks of a size refuses other numbers of them.
         self.packs = family.packs and not getattr(config, "chunk_size_feed_forward", 0)
 
@@ -296,6 +287,7 @@ class SteppedBackbone(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         attention_mask = attention_mask.to(torch.int64)
+        self.boolean_mask = self._masks_padding_alone()
         lengths = _checked_lengths(input_ids, attention_mask)
         hidden = self._family.embed(self.model, input_ids, attention_mask, token_type_ids)
         padded = _shorter_than(lengths, input_ids.shape[1])
@@ -355,6 +347,11 @@ class SteppedBackbone(nn.Module):
         back = hidden.new_zeros((rows * state.length, size)).index_copy(0, places, hidden[0])
         return state.with_hidden(back.view(rows, state.length, size))
 
+    def _masks_padding_alone(self) -> bool:
+        """What ``boolean_mask`` says."""
+        plain = self._family.mask_form == "interface" and not self.is_decoder and set(self._reaches) == {None}
+        return plain and attention_of(self.model.config) != "eager"
+
     def layer_modules(self) -> nn.ModuleList:
         """Return the list of the L layers inside the model.
 
@@ -398,6 +395,8 @@ class SteppedBackbone(nn.Module):
 
     def masks(self, hidden: Tensor, lengths: Tensor, padded: bool) -> dict[int | None, Tensor | None]:
         """Build the attention masks of a batch, one for each reach that a layer has (see :class:`StepState`)."""
+        if self.boolean_mask and hidden.is_cpu:
+            return {None: _padding_mask(lengths, hidden.shape[1]) if padded else None}
         form = self._family.mask_form
         eager = form == "interface" and attention_of(self.model.config) == "eager"
         real = _real_tokens(lengths, hidden) if padded and not self.is_decoder else None
@@ -434,6 +433,13 @@ def _checked_lengths(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 def _shorter_than(lengths: Tensor, length: int) -> bool:
     """Whether any row is shorter than the padded length."""
     return lengths.shape[0] > 0 and int(lengths.min()) < length
+
+
+def _padding_mask(lengths: Tensor, length: int) -> Tensor:
+    """As :func:`attention_mask_for` makes it where nothing but padding is hidden; bool [B, 1, 1, T] on the CPU."""
+    # numpy: between two layers each of torch's operations finds its own code cold.
+    counts = np.maximum(lengths.numpy(), 1)  # an empty row sees its first token
+    return torch.from_numpy(np.arange(length) < counts[:, None, None, None])
 
 
 def _real_tokens(lengths: Tensor, hidden: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""A layer without its modules' calls gives what the modules give, and leaves alone whatever somebody has changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig
+
+from rl_exit.models.backbones import step_backbone
+from rl_exit.models.backbones.quick_layer import quick_layer
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 50}
+FAMILIES = (BertConfig, RobertaConfig, ElectraConfig)
+
+
+def model_of(kind: type, **options):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(kind(**SIZES, **options)).eval()
+    for weight in model.parameters():  # biases and norms too: as they are initialised, half of a mistake would not show
+        nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def layer_of(kind: type = BertConfig, **options):
+    return model_of(kind, **options).encoder.layer[0]
+
+
+HIDDEN = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1))
+MASK = (torch.arange(7) < torch.tensor([7, 2, 5])[:, None])[:, None, None, :]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("mask", [None, MASK])
+@torch.inference_mode()
+def test_it_is_the_layer(kind, mask):
+    layer = layer_of(kind)
+    found, expected = quick_layer(layer, HIDDEN, mask), layer(HIDDEN, mask)
+    assert found is not None
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    nn.init.normal_(layer.output.dense.bias, std=1.0)  # weights that change in place are followed
+    assert not torch.equal(found, quick_layer(layer, HIDDEN, mask))
+    torch.testing.assert_close(quick_layer(layer, HIDDEN, mask), layer(HIDDEN, mask), atol=0, rtol=0)
+
+
+def _hook(layer):
+    layer.attention.output.dense.register_forward_hook(lambda module, given, out: 2 * out)
+
+
+def _hook_before(layer):
+    layer.register_forward_pre_hook(lambda module, given: None)
+
+
+def _replace(layer):
+    class Adapted(nn.Linear):
+        pass
+
+    layer.attention.self.query.__class__ = Adapted
+
+
+def _patch(layer):
+    forward = layer.intermediate.forward
+    layer.intermediate.forward = lambda states: forward(states) + 1.0
+
+
+def _train(layer):
+    layer.train()
+
+
+def _compile(layer):
+    layer.compile(backend="eager")
+
+
+@pytest.mark.parametrize("change", [_hook, _hook_before, _replace, _patch, _train, _compile])
+@torch.inference_mode()
+def test_what_was_changed_runs_as_modules(change):
+    layer = layer_of()
+    change(layer)
+    assert quick_layer(layer, HIDDEN, None) is None
+
+
+@pytest.mark.parametrize(("kind", "options"), [(BertConfig, {"hidden_act": "relu"}), (DistilBertConfig, {})])
+@torch.inference_mode()
+def test_other_layers_run_as_modules(kind, options):
+    if kind is DistilBertConfig:
+        layer = AutoModel.from_config(kind(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=50)).eval()
+        layer = layer.transformer.layer[0]
+    else:
+        layer = layer_of(kind, **options)
+    assert quick_layer(layer, HIDDEN, None) is None
+
+
+def test_gradients_go_through_the_modules():
+    assert quick_layer(layer_of(), HIDDEN, None) is None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.inference_mode()
+def test_a_backbone_asks_where_it_may(attention, monkeypatch):
+    """A hook inside a layer is called; the eager attention, whose mask is added, is never gone round."""
+    from rl_exit.models.backbones import bert_like
+
+    asked = []
+    monkeypatch.setattr(bert_like, "quick_layer", lambda *given: asked.append(given) or quick_layer(*given))
+    backbone = step_backbone(model_of(BertConfig, attn_implementation=attention))
+    ids, mask = torch.randint(4, 50, (3, 7), generator=torch.Generator().manual_seed(2)), MASK[:, 0, 0].long()
+    state = backbone.step(1, backbone.begin(ids, mask))
+    assert len(asked) == (attention == "sdpa")
+    real = mask.bool()
+    expected = backbone.model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(state.hidden[real], expected[real], atol=1e-5, rtol=0)
+    seen = []
+    backbone.model.encoder.layer[0].intermediate.register_forward_hook(lambda *given: seen.append(given))
+    backbone.step(1, backbone.begin(ids, mask))
+    assert len(seen) == 1
