@@ -29,6 +29,7 @@ class DepthPool:
         self.num_layers = num_layers
         self._groups: list[deque[Survivors]] = [deque() for _ in range(num_layers)]
         self._counts = [0] * num_layers
+        self._tokens = [0] * num_layers  # with the padding that groups have of their own
 
     def __len__(self) -> int:
         """Rows that wait."""
@@ -40,8 +41,10 @@ class DepthPool:
 
     def put(self, group: Survivors) -> None:
         """Let a group wait after its layer."""
-        self._groups[group.layer].append(group)
-        self._counts[group.layer] += len(group)
+        layer, count = group.layer, len(group)
+        self._groups[layer].append(group)
+        self._counts[layer] += count
+        self._tokens[layer] += count * group.longest
 
     def take(self, layer: int, most: int) -> Survivors:
         """Up to ``most`` of the rows that have waited longest after ``layer``, as one group.
@@ -53,21 +56,23 @@ class DepthPool:
         if not queue:
             raise ValueError(f"nobody waits after layer {layer}")
         while queue and free > 0:
-            part, rest = queue.popleft().split(free)
-            parts.append(part)
-            free -= len(part)
-            if rest is not None:
+            group = queue.popleft()
+            self._tokens[layer] -= len(group) * group.longest
+            if len(group) > free:
+                group, rest = group.split(free)
                 queue.appendleft(rest)
-        taken = join(parts)
-        self._counts[layer] -= len(taken)
-        return taken
+                self._tokens[layer] += len(rest) * rest.longest
+            parts.append(group)
+            free -= len(group)
+        self._counts[layer] -= most - free
+        return join(parts)
 
     def ready(self, rows: int, tokens: int | None = None) -> int | None:
         """The deepest layer after which ``rows`` rows wait, or ``tokens`` tokens with their padding; None: nowhere."""
         for layer in reversed(range(self.num_layers)):
             if self._counts[layer] >= rows:
                 return layer
-            if tokens is not None and sum(len(g) * g.longest for g in self._groups[layer]) >= tokens:
+            if tokens is not None and self._tokens[layer] >= tokens:
                 return layer
         return None
 

@@ -91,10 +91,14 @@ class Survivors:
         lengths = self.state.lengths.numpy()
         return int((lengths if self.kept is None else lengths[self.kept]).max())
 
-    def split(self, count: int) -> tuple[Survivors, Survivors | None]:
-        """The first ``count`` rows, and the others if there are any; nothing is copied."""
-        if count >= len(self):
-            return self, None
+    def split(self, count: int) -> tuple[Survivors, Survivors]:
+        """The first ``count`` rows and the others, at least one each; nothing is copied.
+
+        Raises:
+            ValueError: One part would be empty.
+        """
+        if not 0 < count < len(self):
+            raise ValueError(f"split({count}) of {len(self)} rows; accepted: a number that leaves some on either side")
         kept = np.arange(len(self)) if self.kept is None else self.kept
         return replace(self, kept=kept[:count]), replace(self, kept=kept[count:])
 
@@ -162,12 +166,12 @@ def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Ste
     if layer == model.num_layers:
         return Step(Left(layer, numbers, _said(criterion, layer, view, carry)), None)
     leave = _leave(criterion, layer, view, carry)
-    if leave is None or len(leaving := np.flatnonzero(leave)) == 0:
+    if leave is None or len(leaving := leave.nonzero()[0]) == 0:
         return Step(None, Survivors(layer, state, carry, numbers))
     said = _said(criterion, layer, view, carry)
     if len(leaving) == len(numbers):
         return Step(Left(layer, numbers, said), None)
-    stay = Survivors(layer, state, carry, numbers, np.flatnonzero(~leave))
+    stay = Survivors(layer, state, carry, numbers, (~leave).nonzero()[0])
     if 2 * len(leaving) > len(numbers):
         stay = join([stay])  # a few rows must not keep the memory of many while they wait
     return Step(Left(layer, numbers[leaving], said.index_select(0, torch.from_numpy(leaving).to(said.device))), stay)
@@ -213,6 +217,9 @@ def _said(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> Te
 
 def _of_rows(memories: Sequence[Tensor], kept: Sequence[Indices | None]) -> Tensor:
     """The given rows of each, one after the other."""
+    if memories[0].is_cpu and memories[0].dtype in (torch.float32, torch.int64) and not torch.is_grad_enabled():
+        arrays = [m.numpy() if some is None else m.numpy()[some] for m, some in zip(memories, kept, strict=True)]
+        return torch.from_numpy(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
     parts = [
         memory if some is None else memory.index_select(0, torch.from_numpy(some).to(memory.device))
         for memory, some in zip(memories, kept, strict=True)

@@ -51,7 +51,10 @@ def test_joined_and_split_groups_answer_as_alone(model, rule):
     both = advance(model, join([two, one]), rule).inside
     assert both is not None and both.rows.tolist() == [2, 3, 4, 0, 1]
     first, rest = both.split(2)
-    assert rest is not None and (len(first), len(rest)) == (2, 3)
+    assert (len(first), len(rest)) == (2, 3)
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match="some on either side"):
+            both.split(wrong)
     found = finish(model, rest, rule) | finish(model, first, rule)
     assert found.keys() == expected.keys() == set(range(5))
     for row, logits in expected.items():

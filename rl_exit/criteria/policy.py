@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +42,15 @@ class ConsistentEE(Scored):
     def leaving(self, layer: int, view: LayerView, carry: Carry) -> npt.NDArray[np.bool_] | None:
         """As :meth:`leave`, in place of it, for an engine whose flags are wanted on the CPU; None: nobody leaves."""
         mine = type(self)
-        if mine.leave is not ConsistentEE.leave or mine.score is not ConsistentEE.score:  # a rule made of this one
+        made_of_this = mine is not ConsistentEE
+        if made_of_this and (mine.leave is not ConsistentEE.leave or mine.score is not ConsistentEE.score):
             leave: npt.NDArray[np.bool_] = self.leave(layer, view, carry).cpu().numpy()
             return leave
-        return view.leaving(log_odds(self.threshold), carry)
+        return view.leaving(self._cut, carry)
+
+    @cached_property
+    def _cut(self) -> float:
+        return log_odds(self.threshold)
 
     @classmethod
     def threshold_above(cls, value: float) -> float:

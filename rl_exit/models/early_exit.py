@@ -222,6 +222,12 @@ class EarlyExitModel(PreTrainedModel):
         """Tokens per text, longer are cut."""
         return int(self.config.max_tokens)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; asked once a batch, for which transformers' search through all modules is long."""
+        found: torch.device = self.exits.weight.device
+        return found
+
     def get_input_embeddings(self) -> torch.nn.Module:
         """The backbone's token embeddings."""
         return self.backbone.model.get_input_embeddings()
@@ -513,15 +519,16 @@ class EarlyExitModel(PreTrainedModel):
         if hidden.dtype != torch.float32 or not hidden.is_cpu or self.training or torch.is_grad_enabled():
             return None
         native = self._native
-        # The configuration is asked where a text begins: transformers makes each look at it dear.
+        # The configuration is asked where a text begins, and past transformers' own way to it, which is dear.
         if native is None or view.layer == 1:
-            confident = self.config.policy_rule == "confidence"
-            if self.config.policy_inputs != "answers" and not confident:
+            settings = self.config.__dict__
+            confident = settings["policy_rule"] == "confidence"
+            if settings["policy_inputs"] != "answers" and not confident:
                 self._native = None
                 return None
             parts = self.exits, self.answer_heads, None if confident else self.policy
             if native is None or not native.serves(*parts):
-                native = self._native = NativeExits.of(*parts, self.config.pooling)
+                native = self._native = NativeExits.of(*parts, settings["pooling"])
                 if native is None:
                     return None
         decision = native.decide(view.layer, self.backbone.hidden(view.layer, state), state, carry, cut)

@@ -75,7 +75,9 @@ class NativeExits:
         decide: Callable[..., int],
     ) -> None:
         self._decide = decide
-        self._weights = _weights(exits, heads, policy)
+        self._modules = exits, heads, policy
+        self._places = _places(exits, heads, policy)
+        self._weights = [place[name] for place, name in self._places]
         self._addresses = [weight.data_ptr() for weight in self._weights]
         wide = 0 if heads is None else heads.bias_in.shape[1]
         width, shared = (0, 0) if policy is None else (policy.width, int(policy.shared))
@@ -94,7 +96,7 @@ class NativeExits:
         decide = _function()
         if decide is None:
             return None
-        found = _weights(exits, heads, policy)
+        found = [place[name] for place, name in _places(exits, heads, policy)]
         if not all(w.dtype == torch.float32 and w.device.type == "cpu" and w.is_contiguous() for w in found):
             return None
         return cls(exits, heads, policy, pooling, decide)
@@ -105,7 +107,10 @@ class NativeExits:
 
     def serves(self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> bool:
         """Whether it reads the memory of these modules."""
-        return [weight.data_ptr() for weight in _weights(exits, heads, policy)] == self._addresses
+        mine = self._modules
+        if mine[0] is not exits or mine[1] is not heads or mine[2] is not policy:
+            return False
+        return [place[name].data_ptr() for place, name in self._places] == self._addresses
 
     def decide(self, layer: int, hidden: Tensor, state: StepState, carry: dict[str, Tensor], cut: float) -> Decision:
         """Decide for all rows.
@@ -148,10 +153,17 @@ class NativeExits:
         return Decision(answers, odds, leave, leaving)
 
 
-def _weights(exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> list[Tensor]:
-    own = [] if heads is None else [heads.scale, heads.weight_in, heads.bias_in, heads.weight_out, heads.bias_out]
-    decides = [] if policy is None else [policy.weight_in, policy.bias_in, policy.weight_out, policy.bias_out]
-    return [exits.weight, exits.bias, *own, *decides]
+def _places(exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> list[tuple[Any, str]]:
+    """Where the modules keep the tensors that are read, in the order of the structure."""
+    own = () if heads is None else ("scale", "weight_in", "bias_in", "weight_out", "bias_out")
+    decides = () if policy is None else ("weight_in", "bias_in", "weight_out", "bias_out")
+    parts = ((exits, ("weight", "bias")), (heads, own), (policy, decides))
+    return [
+        (part._parameters if name in part._parameters else part._buffers, name)
+        for part, names in parts
+        if part is not None
+        for name in names
+    ]
 
 
 def _nothing() -> None:

@@ -2,7 +2,8 @@
 
 A :class:`Family` says in a few functions how the base model of one architecture embeds its input and calls its layers;
 :class:`SteppedBackbone` does the rest the same way for all of them. The layers are the model's own modules: weights,
-dropout, autocast and adapters (LoRA) act as in the model's own forward pass, and only the loop over layers is ours.
+dropout, autocast and adapters (LoRA) act as in the model's own forward pass, and only the loop over layers is ours
+(and, where nothing but the numbers can show it, the calls inside a layer: :mod:`.quick_layer`).
 
 Shapes: B rows, T tokens (padded on the right), H hidden size, L layers. Layers count from 1; layer 0 is the embeddings.
 """
@@ -250,6 +251,7 @@ class SteppedBackbone(nn.Module):
         self.is_decoder = family.causal
         self._family = family
         self._reaches = family.reaches(config, self.num_layers)
+        self._has_no_order = family.mask_form == "interface" and not family.causal and set(self._reaches) == {None}
         self.boolean_mask = self._masks_padding_alone()
         # A feed-forward part that takes its tokens in chunks of a size refuses other numbers of them.
         self.packs = family.packs and not getattr(config, "chunk_size_feed_forward", 0)
@@ -349,8 +351,7 @@ class SteppedBackbone(nn.Module):
 
     def _masks_padding_alone(self) -> bool:
         """What ``boolean_mask`` says."""
-        plain = self._family.mask_form == "interface" and not self.is_decoder and set(self._reaches) == {None}
-        return plain and attention_of(self.model.config) != "eager"
+        return self._has_no_order and attention_of(self.model.config) != "eager"
 
     def layer_modules(self) -> nn.ModuleList:
         """Return the list of the L layers inside the model.
