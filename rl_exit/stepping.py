@@ -59,7 +59,7 @@ class LayeredModel(Protocol):
 class Survivors:
     """Rows that have run the same layers and have not left.
 
-    What the last layer gave is kept as it is; who stays is a list of row numbers, and rows are copied once, when the
+    What the last layer gave is kept as it is; who stays is a list of row numbers, and rows are copied when their
     next layer runs.
 
     Attributes:
@@ -178,7 +178,7 @@ def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Ste
 
 
 def join(groups: Sequence[Survivors]) -> Survivors:
-    """One group of several that stand after the same layer, in their order, in memory of its own.
+    """One group of several that stand after the same layer, in their order; a single whole group as it is.
 
     Args:
         groups: One or more, of one model and one criterion.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,32 @@ def test_the_pool_is_first_come_first_served(model):
     assert pool.shallowest() is None
     with pytest.raises(ValueError, match="nobody waits"):
         pool.take(0, 1)
+
+
+@torch.inference_mode()
+def test_the_pool_knows_how_many_tokens_wait(model):
+    """A group counts with its own padding; what is left of a group that was split, with that of its rows."""
+    pool, rule = DepthPool(model.num_layers), Fixed(3)
+    pool.put(enter(model, batch_of(9, 2, 4), rule))
+    pool.put(enter(model, batch_of(3, 3), rule))
+    assert (pool.ready(99, 33), pool.ready(99, 34)) == (0, None)
+    assert pool.take(0, 1).longest == 9
+    assert (pool.ready(99, 2 * 4 + 6), pool.ready(99, 2 * 4 + 7)) == (0, None)
+    assert pool.take(0, 3).rows.tolist() == [1, 2, 0]
+    assert (len(pool), pool.ready(99, 3), pool.ready(99, 4)) == (1, 0, None)
+    pool.take(0, 1)
+    assert pool.ready(99, 1) is None
+
+
+@torch.inference_mode()
+def test_memories_of_any_kind_follow_their_rows(model):
+    """Whole groups beside parts of groups, in types that numpy knows and that it does not."""
+    memories = {"a": torch.arange(5.0)[:, None], "b": torch.arange(5), "c": torch.arange(5, dtype=torch.bfloat16)}
+    whole = enter(model, batch_of(3, 4, 2, 5, 1), Fixed(3), [5, 6, 7, 8, 9])
+    whole = replace(whole, carry=memories)
+    first, rest = whole.split(2)
+    joined = join([rest, whole, first])
+    order = [2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert joined.rows.tolist() == [5 + row for row in order]
+    for key, memory in memories.items():
+        assert joined.carry[key].dtype == memory.dtype and joined.carry[key].flatten().tolist() == order

@@ -77,7 +77,8 @@ class NativeExits:
         self._decide = decide
         self._modules = exits, heads, policy
         self._places = _places(exits, heads, policy)
-        self._weights = [place[name] for place, name in self._places]
+        # Storage of their own name: an address says nothing where what lay there may have been freed.
+        self._weights = [place[name].detach() for place, name in self._places]
         self._addresses = [weight.data_ptr() for weight in self._weights]
         wide = 0 if heads is None else heads.bias_in.shape[1]
         width, shared = (0, 0) if policy is None else (policy.width, int(policy.shared))
@@ -96,7 +97,10 @@ class NativeExits:
         decide = _function()
         if decide is None:
             return None
-        found = [place[name] for place, name in _places(exits, heads, policy)]
+        places = _places(exits, heads, policy)
+        if not all(name in place for place, name in places):  # a replica, or a parametrisation
+            return None
+        found = [place[name] for place, name in places]
         if not all(w.dtype == torch.float32 and w.device.type == "cpu" and w.is_contiguous() for w in found):
             return None
         return cls(exits, heads, policy, pooling, decide)
@@ -110,7 +114,8 @@ class NativeExits:
         mine = self._modules
         if mine[0] is not exits or mine[1] is not heads or mine[2] is not policy:
             return False
-        return [place[name].data_ptr() for place, name in self._places] == self._addresses
+        found = [place.get(name) for place, name in self._places]
+        return all(a is not None and a.data_ptr() == b for a, b in zip(found, self._addresses, strict=True))
 
     def decide(self, layer: int, hidden: Tensor, state: StepState, carry: dict[str, Tensor], cut: float) -> Decision:
         """Decide for all rows.

@@ -146,16 +146,15 @@ def _gather(passages: Sequence[Passage]) -> Gathered:
         places.setdefault(id(passage.chunk), (passage.chunk, []))[1].append(position)
     order: list[int] = []
     states = []
+    wanted: list[npt.NDArray[np.int64] | None] = []
     parts: Parts = []
     for chunk, positions in places.values():
         rows = [passages[position].index for position in positions]
         order += positions
         parts.append((chunk, rows))
         states.append(chunk.state)
-        if rows != list(range(chunk.state.batch_size)):
-            wanted = torch.tensor(rows)
-            states[-1] = chunk.state.select(wanted, length=int(chunk.state.lengths[wanted].max()))
-    return order, join_states(states) if len(states) > 1 else states[0], parts
+        wanted.append(None if rows == list(range(chunk.state.batch_size)) else np.array(rows))
+    return order, join_states(states, wanted), parts
 
 
 def _by_rule(passages: Sequence[Passage], order: Sequence[int]) -> Iterable[tuple[Criterion, list[int]]]:

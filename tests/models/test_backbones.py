@@ -265,6 +265,47 @@ def test_joined_batches_go_on_as_if_alone(name: str, attention: str, shorter_fir
             start += 1
 
 
+@torch.inference_mode()
+def test_row_numbers_that_compiled_code_could_not_trust_are_refused() -> None:
+    state = build("bert").begin(**make_batch())
+    wrongs = (np.array([0, -1]), np.ones(state.batch_size, dtype=bool), np.array([0], dtype=np.int32), np.array([[0]]))
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match="int64"):
+            join_states([state], [wrong])
+    with pytest.raises(IndexError):
+        join_states([state], [np.array([state.batch_size])])
+    every_second = np.arange(state.batch_size)[::2]  # not contiguous
+    found = join_states([state], [every_second])
+    expected = state.hidden[every_second.tolist(), : found.length]
+    assert difference(found.hidden, expected, make_batch()["attention_mask"][every_second.tolist()]) == 0.0
+
+
+@pytest.mark.parametrize("native", [True, False])
+@torch.inference_mode()
+def test_an_empty_row_keeps_its_first_position(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rl_exit.models.backbones import rows as copying
+
+    if not native:
+        monkeypatch.setattr(copying, "_function", lambda: None)
+    backbone = build("bert")
+    batch = make_batch((5, 3))
+    batch["attention_mask"][1] = 0
+    state = backbone.step(1, backbone.begin(**batch))
+    found = join_states([state], [np.array([1])])
+    assert torch.equal(found.hidden[0, 0], state.hidden[1, 0]) and found.lengths.tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+@torch.inference_mode()
+def test_attention_may_be_changed_while_rows_wait(name: str) -> None:
+    backbone, batch = build(name, "sdpa"), make_batch()
+    expected = run_to(backbone, backbone.num_layers, backbone.begin(**batch)).hidden
+    waiting = run_to(backbone, 1, backbone.begin(**batch))
+    backbone.model.set_attn_implementation("eager")
+    found = run_to(backbone, backbone.num_layers, join_states([waiting], [np.arange(len(LENGTHS))]), first=2)
+    assert difference(found.hidden, expected[:, : found.length], batch["attention_mask"][:, : found.length]) < TOLERANCE
+
+
 @every_variant
 def test_rows_run_end_to_end_as_they_do_alone(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = build(name, attention)

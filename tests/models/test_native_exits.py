@@ -126,6 +126,28 @@ def test_heads_that_have_moved_are_read_where_they_are(backbone):
     assert model._native is not first
 
 
+@compiled
+def test_other_heads_and_parametrised_ones(backbone):
+    """A module put in place of another is read; one whose weights are computed is left to torch."""
+    model = model_of(backbone)
+    batch, rule = batch_of((4, 5)), ConsistentEE(0.5)
+    run_batch(model, batch, rule)
+    first, other = model._native, copy.deepcopy(model.policy)
+    with torch.no_grad():
+        other.bias_out += 100.0
+    model.policy = other
+    assert run_batch(model, batch, rule).exit_layer.tolist() == [1, 1]
+    assert model._native is not first
+
+    class Lower(torch.nn.Module):
+        def forward(self, weight):
+            return weight - 1000.0
+
+    torch.nn.utils.parametrize.register_parametrization(model.policy, "bias_out", Lower())
+    assert run_batch(model, batch, rule).exit_layer.tolist() == [model.num_layers] * 2
+    assert model._native is None
+
+
 def test_nobody_needs_a_compiler(tmp_path, monkeypatch):
     """None, and nothing written, without a compiler, on a folder that others may write to, or when told so."""
     source = tmp_path / "two.c"

@@ -67,11 +67,40 @@ def _train(layer):
     layer.train()
 
 
+def _dropout_alone(layer):
+    """As for Monte Carlo dropout."""
+    layer.output.dropout.train()
+
+
+def _attention_dropout(layer):
+    layer.attention.self.train()
+
+
+def _hook_on_dropout(layer):
+    layer.attention.output.dropout.register_forward_hook(lambda module, given, out: 2 * out)
+
+
+def _parametrise(layer):
+    nn.utils.parametrizations.weight_norm(layer.intermediate.dense)
+
+
+def _without_parameters(layer):
+    """As in the replicas of DataParallel."""
+    weight = layer.output.LayerNorm._parameters.pop("weight")
+    layer.output.LayerNorm.__dict__["weight"] = weight.detach()
+
+
 def _compile(layer):
     layer.compile(backend="eager")
 
 
-@pytest.mark.parametrize("change", [_hook, _hook_before, _replace, _patch, _train, _compile])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_hook, _hook_before, _replace, _patch, _train, _compile),
+        *(_dropout_alone, _attention_dropout, _hook_on_dropout, _parametrise, _without_parameters),
+    ],
+)
 @torch.inference_mode()
 def test_what_was_changed_runs_as_modules(change):
     layer = layer_of()
@@ -109,7 +138,24 @@ def test_a_backbone_asks_where_it_may(attention, monkeypatch):
     real = mask.bool()
     expected = backbone.model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(state.hidden[real], expected[real], atol=1e-5, rtol=0)
+    layer = backbone.model.encoder.layer[0]
+    assert layer._forward_hooks, "transformers' own hooks stay, or this shows nothing"
+    assert quick_layer(layer, state.hidden, None) is not None, "and are in nobody's way"
     seen = []
-    backbone.model.encoder.layer[0].intermediate.register_forward_hook(lambda *given: seen.append(given))
+    layer.intermediate.register_forward_hook(lambda *given: seen.append(given))
     backbone.step(1, backbone.begin(ids, mask))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.inference_mode()
+def test_in_other_precisions_and_under_a_mask_of_blocks(kind):
+    row = torch.repeat_interleave(torch.arange(3), torch.tensor([7, 2, 5]))
+    block, flat = (row[:, None] == row)[None, None], HIDDEN.flatten(0, 1)[None, :14]
+    layer = layer_of(kind)
+    torch.testing.assert_close(quick_layer(layer, flat, block), layer(flat, block), atol=0, rtol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(quick_layer(layer, HIDDEN, MASK), layer(HIDDEN, MASK), atol=0, rtol=0)
+    layer = layer.to(torch.bfloat16)
+    given = HIDDEN.to(torch.bfloat16)
+    torch.testing.assert_close(quick_layer(layer, given, MASK), layer(given, MASK), atol=0, rtol=0)

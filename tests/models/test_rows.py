@@ -46,3 +46,16 @@ def test_it_is_differentiable():
     source = torch.randn(2, 3, 4, requires_grad=True)
     pad_rows([source, source], [None, np.array([1])], np.array([3, 3, 3]), 3).sum().backward()
     assert source.grad is not None and source.grad[:, 0, 0].tolist() == [1.0, 2.0]
+
+
+@torch.inference_mode()
+def test_batches_of_several_types_and_single_ones():
+    one, two = torch.ones(2, 3, 4), torch.ones(1, 2, 4, dtype=torch.bfloat16)
+    found = pad_rows([one, two], [None, None], np.array([3, 3, 2]), 3)
+    assert found.dtype == torch.float32 and found.sum() == 2 * 3 * 4 + 2 * 4
+    for compiled in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not compiled:
+                patch.setattr(subject, "_function", lambda: None)
+            again = pad_rows([one], [None], np.array([3, 3]), 3)
+            assert torch.equal(again, one) and again.data_ptr() != one.data_ptr()

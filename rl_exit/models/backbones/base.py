@@ -130,18 +130,20 @@ def join_states(states: Sequence[StepState], rows: Sequence[Indices | None] | No
 
     Args:
         states: One or more of the same backbone, after the same layer.
-        rows: Of each batch, which of its rows, int64, in the order wanted; None: all.
+        rows: Of each batch, which of its rows, 0..B-1, int64, in the order wanted; None: all.
 
     Returns:
-        The rows of all of them, [sum of B, T, H], with masks for the next layer.
+        The rows of all of them, [sum of B, T, H], with masks for the next layer; a single batch as it is where all of
+        its rows are wanted and none of its columns is padding alone.
 
     Raises:
-        ValueError: No states, or of different backbones.
+        ValueError: No states, or of different backbones, or rows of another type or below 0.
+        IndexError: A row beyond its batch.
     """
     if not states or any(state.backbone is not states[0].backbone for state in states):
         raise ValueError("join_states needs one or more states of one backbone")
     backbone = states[0].backbone
-    chosen = (None,) * len(states) if rows is None else rows
+    chosen = (None,) * len(states) if rows is None else [some if some is None else _row_numbers(some) for some in rows]
     parts = [
         state.lengths.numpy() if some is None else state.lengths.numpy()[some]
         for state, some in zip(states, chosen, strict=True)
@@ -153,7 +155,8 @@ def join_states(states: Sequence[StepState], rows: Sequence[Indices | None] | No
     if len(states) == 1 and chosen[0] is None and longest.length == keep:
         hidden = longest.hidden
     else:
-        hidden = pad_rows([state.hidden for state in states], chosen, lengths, keep)
+        # An empty row keeps its first position, which exits may read.
+        hidden = pad_rows([state.hidden for state in states], chosen, np.maximum(lengths, 1), keep)
     own = torch.from_numpy(lengths)
     shorter = len(lengths) > 0 and int(lengths.min()) < keep
     return StepState(
@@ -164,6 +167,13 @@ def join_states(states: Sequence[StepState], rows: Sequence[Indices | None] | No
         tables=longest.tables if keep == longest.length else longest.tables.trim(keep),
         backbone=backbone,
     )
+
+
+def _row_numbers(rows: Indices) -> Indices:
+    """Row numbers as compiled code may read them."""
+    if rows.dtype != np.int64 or rows.ndim != 1 or (len(rows) and rows.min() < 0):
+        raise ValueError(f"rows must be int64 [B] from 0 on, not {rows.dtype} {list(rows.shape)}")
+    return np.ascontiguousarray(rows)
 
 
 def _no_tables(model: Any, hidden: Tensor) -> Tables:
@@ -229,7 +239,7 @@ class SteppedBackbone(nn.Module):
         is_decoder: Whether attention is causal.
         packs: Whether :meth:`step` can run rows end to end, without padding.
         boolean_mask: Whether the one mask of all layers is bool [B, 1, 1, T] and hides padding alone, as of the last
-            :meth:`begin` (the attention of a model may be changed).
+            masks that were built (the attention of a model may be changed).
 
     Raises:
         ModelError: The configuration is one that cannot be run exactly.
@@ -289,7 +299,6 @@ class SteppedBackbone(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         attention_mask = attention_mask.to(torch.int64)
-        self.boolean_mask = self._masks_padding_alone()
         lengths = _checked_lengths(input_ids, attention_mask)
         hidden = self._family.embed(self.model, input_ids, attention_mask, token_type_ids)
         padded = _shorter_than(lengths, input_ids.shape[1])
@@ -396,6 +405,7 @@ class SteppedBackbone(nn.Module):
 
     def masks(self, hidden: Tensor, lengths: Tensor, padded: bool) -> dict[int | None, Tensor | None]:
         """Build the attention masks of a batch, one for each reach that a layer has (see :class:`StepState`)."""
+        self.boolean_mask = self._masks_padding_alone()  # the attention may have been changed while rows waited
         if self.boolean_mask and hidden.is_cpu:
             return {None: _padding_mask(lengths, hidden.shape[1]) if padded else None}
         form = self._family.mask_form

@@ -2,7 +2,8 @@
 
 The same operations on the same weights in the same order, so the same numbers; what is left out is Python: at batch
 size 1 on a CPU a seventh of MiniLM's layer, since a layer sweeps the caches and each module finds its own code cold.
-Anything that is not as the library made it (adapters, hooks, compiled or replaced parts) runs as modules do.
+A layer of which a part has an adapter, a hook or a forward of its own or is in training, and one that is compiled, runs
+as a module.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import GELUActivation
+
+CAPTURING = "transformers.utils.output_capturing"
 
 
 def quick_layer(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -41,11 +44,13 @@ def quick_layer(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor | Non
         *(after._modules["dense"], intermediate._modules["dense"], output._modules["dense"]),
     )
     norms = after._modules["LayerNorm"], output._modules["LayerNorm"]
+    dropouts = own._modules["dropout"], after._modules["dropout"], output._modules["dropout"]
     activation = intermediate._modules.get("intermediate_act_fn")
     if not (
         all(type(part) is kind and _untouched(part) for part, kind in zip(containers, kinds, strict=True))
-        and all(type(part) is nn.Linear and _untouched(part) for part in linears)
-        and all(type(part) is nn.LayerNorm and _untouched(part) for part in norms)
+        and all(type(part) is nn.Linear and _untouched(part) and _whole(part) for part in linears)
+        and all(type(part) is nn.LayerNorm and _untouched(part) and _whole(part) for part in norms)
+        and all(type(part) is nn.Dropout and _untouched(part) for part in dropouts)
         and type(activation) is GELUActivation
         and _untouched(activation)
     ):
@@ -66,8 +71,16 @@ def quick_layer(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor | Non
 
 
 def _untouched(part: Any) -> bool:
-    """Whether nobody has hung anything on a module, which calling its function would pass by."""
-    return not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
+    """Whether calling a module's function passes nothing by that somebody has hung on it."""
+    if part.training or part._forward_pre_hooks or "forward" in part.__dict__:
+        return False
+    # transformers leaves its own for good after a pass with output_hidden_states; outside of one they do nothing.
+    return all(getattr(hook, "__module__", "") == CAPTURING for hook in part._forward_hooks.values())
+
+
+def _whole(part: Any) -> bool:
+    """Whether weight and bias are where modules keep them (not so in replicas, or under a parametrisation)."""
+    return part._parameters.keys() >= {"weight", "bias"}
 
 
 def _linear(part: nn.Module, states: Tensor) -> Tensor:

@@ -37,9 +37,9 @@ def pad_rows(
     """Some rows of some batches, in their order, each cut or filled up with zeros to ``tokens``.
 
     Args:
-        sources: Batches [B_i, T_i, H] of one dtype and device.
-        rows: Of each batch, which rows, 0..B_i-1; None: all.
-        lengths: Real tokens of each row of the result, int64 [B], contiguous as ``rows`` are; none above
+        sources: Batches [B_i, T_i, H] of one device.
+        rows: Of each batch, which rows, 0..B_i-1, int64 and contiguous; None: all. Not checked.
+        lengths: Real tokens of each row of the result, int64 [B], contiguous; none above
             ``tokens``, nor above the T_i of its batch. What stands behind them may be kept or may become 0.
         tokens: T of the result.
 
@@ -47,8 +47,9 @@ def pad_rows(
         [B, T, H], new memory.
     """
     first = sources[0]
-    gather = _function()
-    if gather is None or not first.is_cpu or torch.is_grad_enabled():
+    alike = first.is_cpu and not torch.is_grad_enabled() and all(source.dtype == first.dtype for source in sources)
+    gather = _function() if alike else None
+    if gather is None:
         return _padded_by_torch(sources, rows, tokens)
     unit = first.shape[2] * first.element_size()
     from_ = (_Source * len(sources))()
@@ -80,7 +81,9 @@ def _padded_by_torch(sources: Sequence[Tensor], rows: Sequence[Indices | None], 
         if part.shape[1] < tokens:
             part = torch.nn.functional.pad(part, (0, 0, 0, tokens - part.shape[1]))
         parts.append(part)
-    return torch.cat(parts)
+    if len(parts) > 1:
+        return torch.cat(parts)
+    return parts[0].clone() if rows[0] is None else parts[0]
 
 
 @cache
