@@ -5,13 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig
+from transformers import (
+    AutoModel,
+    BertConfig,
+    CamembertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from rl_exit.models.backbones import step_backbone
 from rl_exit.models.backbones.quick_layer import quick_layer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 50}
-FAMILIES = (BertConfig, RobertaConfig, ElectraConfig)
+FAMILIES = (BertConfig, RobertaConfig, XLMRobertaConfig, CamembertConfig, ElectraConfig)
 
 
 def model_of(kind: type, **options):

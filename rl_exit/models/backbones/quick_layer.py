@@ -1,4 +1,4 @@
-"""A layer of BERT, RoBERTa or ELECTRA without the calls of its twenty modules, where nothing is to be differentiated.
+"""A layer of BERT, RoBERTa and its kin or ELECTRA, without its twenty modules' calls, where no gradient is wanted.
 
 The same operations on the same weights in the same order, so the same numbers; what is left out is Python: at batch
 size 1 on a CPU a seventh of MiniLM's layer, since a layer sweeps the caches and each module finds its own code cold.
@@ -8,6 +8,7 @@ as a module.
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 
 CAPTURING = "transformers.utils.output_capturing"
+HOME = "transformers.models."
+FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra")
+PARTS = ("Layer", "Attention", "SelfAttention", "SelfOutput", "Intermediate", "Output")
 
 
 def quick_layer(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -32,7 +36,7 @@ def quick_layer(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor | Non
     """
     if torch.is_grad_enabled() or layer.training or layer._compiled_call_impl is not None:
         return None
-    kinds = _kinds().get(type(layer))
+    kinds = _kinds(type(layer))
     if kinds is None or layer.chunk_size_feed_forward:
         return None
     inside = layer._modules
@@ -95,13 +99,11 @@ def _norm(part: nn.Module, states: Tensor) -> Tensor:
 
 
 @cache
-def _kinds() -> dict[type, tuple[type, ...]]:
-    """By class of the layer: the classes of layer, attention, self-attention, its output, intermediate and output."""
-    from transformers.models.bert import modeling_bert
-    from transformers.models.electra import modeling_electra
-    from transformers.models.roberta import modeling_roberta
-
-    parts = ("Layer", "Attention", "SelfAttention", "SelfOutput", "Intermediate", "Output")
-    families = ((modeling_bert, "Bert"), (modeling_roberta, "Roberta"), (modeling_electra, "Electra"))
-    found = [tuple(getattr(module, f"{name}{part}") for part in parts) for module, name in families]
-    return {kinds[0]: kinds for kinds in found}
+def _kinds(layer: type) -> tuple[type, ...] | None:
+    """Classes of layer, attention, self-attention, its output, intermediate and output; None: another kind of layer."""
+    home, name = layer.__module__, layer.__name__
+    if home.removeprefix(HOME).partition(".")[0] not in FAMILIES or not home.startswith(HOME):
+        return None
+    prefix = name.removesuffix("Layer")
+    found = [getattr(sys.modules[home], f"{prefix}{part}", None) for part in PARTS]
+    return tuple(kind for kind in found if kind is not None) if found[0] is layer and None not in found else None
