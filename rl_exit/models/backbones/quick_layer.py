@@ -36,7 +36,8 @@ def quick_layer(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor | Non
     """
     if torch.is_grad_enabled() or layer.training or layer._compiled_call_impl is not None:
         return None
-    kinds = _kinds(type(layer))
+    kind: Any = type(layer)
+    kinds = _kinds(kind)
     if kinds is None or layer.chunk_size_feed_forward:
         return None
     inside = layer._modules
@@ -79,7 +80,8 @@ def _untouched(part: Any) -> bool:
     if part.training or part._forward_pre_hooks or "forward" in part.__dict__:
         return False
     # transformers leaves its own for good after a pass with output_hidden_states; outside of one they do nothing.
-    return all(getattr(hook, "__module__", "") == CAPTURING for hook in part._forward_hooks.values())
+    hooks = part._forward_hooks
+    return not hooks or all(getattr(hook, "__module__", "") == CAPTURING for hook in hooks.values())
 
 
 def _whole(part: Any) -> bool:
