@@ -15,8 +15,10 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 FLAGS = ("-O3", "-march=native", "-std=c99", "-fPIC", "-shared", "-fno-math-errno")
 COMPILERS = ("cc", "gcc", "clang")
@@ -44,6 +46,24 @@ def library(source: Path) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(file))
     except (OSError, RuntimeError, subprocess.SubprocessError):
         return None
+
+
+def function(source: Path, name: str, arguments: Sequence[Any], result: Any) -> Callable[..., Any] | None:
+    """A function of a C file, by ctypes; None where it cannot be had.
+
+    Args:
+        source: As in :func:`library`.
+        name: The function's.
+        arguments: Types of its arguments.
+        result: Type of what it returns.
+    """
+    found = library(source)
+    if found is None:
+        return None
+    made: Any = getattr(found, name)
+    made.argtypes, made.restype = arguments, result
+    called: Callable[..., Any] = made
+    return called
 
 
 def _own_folder() -> Path:

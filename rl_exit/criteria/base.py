@@ -58,7 +58,6 @@ class LayerView:
         exit_logit: Callable[[Carry], Tensor],
         answer: Callable[[], Tensor] | None = None,
         progress: Tensor | None = None,
-        leaving: Callable[[float, Carry], npt.NDArray[np.bool_] | None] | None = None,
     ) -> None:
         """Set the parts.
 
@@ -73,8 +72,6 @@ class LayerView:
                 at layer L.
             answer: Gives what the policy answers [B, C]; None: what the exit says.
             progress: t / N of each row's generation, [B].
-            leaving: Says whose log-odds of Exit exceed a value, [B], None: nobody's; keeps in the carry what
-                ``exit_logit`` does. None: by ``exit_logit``.
         """
         self.layer = layer
         self.num_layers = num_layers
@@ -85,7 +82,6 @@ class LayerView:
         self._logits = logits
         self._exit_logit = exit_logit
         self._answer = answer
-        self._leaving = leaving
 
     @cached_property
     def state(self) -> Tensor:
@@ -108,8 +104,6 @@ class LayerView:
 
     def leaving(self, above: float, carry: Carry) -> npt.NDArray[np.bool_] | None:
         """Whose log-odds of Exit exceed a value, [B] on the CPU; None: nobody's. In place of :meth:`exit_logit`."""
-        if self._leaving is not None:
-            return self._leaving(above, carry)
         leave: npt.NDArray[np.bool_] = (self.exit_logit(carry).float() > above).cpu().numpy()
         return leave if leave.any() else None
 

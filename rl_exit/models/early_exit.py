@@ -574,7 +574,8 @@ class _View(LayerView):
     def _exit_logit(self, carry: Carry) -> Tensor:
         return self._model._exit_logit(self, carry, self._step)
 
-    def _leaving(self, above: float, carry: Carry) -> npt.NDArray[np.bool_] | None:
+    def leaving(self, above: float, carry: Carry) -> npt.NDArray[np.bool_] | None:
+        """See :meth:`rl_exit.criteria.base.LayerView.leaving`; in compiled code where that can be had."""
         return self._model._leaving(self, carry, self._step, above)
 
 

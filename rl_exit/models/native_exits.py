@@ -21,7 +21,7 @@ from rl_exit.models.backbones import StepState
 from rl_exit.models.exits import ExitHeads
 from rl_exit.models.policy import PolicyHeads
 from rl_exit.models.quick_policy import KEY
-from rl_exit.native import library
+from rl_exit.native import function
 
 SOURCE = Path(__file__).with_name("native_exits.c")
 POOLING = {"cls": 0, "mean": 1, "last": 2}
@@ -177,15 +177,6 @@ def _nothing() -> None:
 
 @cache
 def _function() -> Callable[..., int] | None:
-    found = library(SOURCE)
-    if found is None:
-        return None
-    decide: Any = found.rl_exit_decide
     long, pointer = ctypes.c_int64, ctypes.c_void_p
-    decide.argtypes = [
-        *(pointer, long, pointer, long, long, pointer, ctypes.c_float),
-        *(pointer, pointer, pointer, pointer, pointer),
-    ]
-    decide.restype = long
-    function: Callable[..., int] = decide
-    return function
+    arguments = (pointer, long, pointer, long, long, pointer, ctypes.c_float, *(pointer,) * 5)
+    return function(SOURCE, "rl_exit_decide", arguments, long)

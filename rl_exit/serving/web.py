@@ -22,6 +22,8 @@ from rl_exit.serving.schema import Health, Limits, Problem
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'"
 WORDS = {404: "not_found", 405: "wrong_method"}
 GONE = 499  # the client went away
+DROPPED = 64 << 20  # bytes of a refused body that are read all the same
+DROPPING = 5.0  # seconds that they may take
 
 Found = TypeVar("Found")
 
@@ -252,7 +254,11 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 class _Gate:
-    """Reads the body up to the limit before anything else does, refuses at once what is too large, and counts."""
+    """Reads the body up to the limit before anything else does, refuses what is too large, and counts.
+
+    What is refused by its head alone is still read and dropped, within limits: a client that sends while the connection
+    is closed sees a broken pipe in place of the answer.
+    """
 
     def __init__(self, app: ASGIApp, door: Door) -> None:
         self._app = app
@@ -293,37 +299,60 @@ class _Gate:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body; None where the client went away."""
-        door, most = self._door, self._door.limits.max_body
+        most, headers = self._door.limits.max_body, dict(scope["headers"])
+        refusal = self._refused(scope, headers)
+        waits = headers.get(b"expect", b"").lower() == b"100-continue"
+        if refusal is not None and (waits or _length(headers) > DROPPED):
+            raise refusal  # the client waits for word before it sends, or sends more than is worth reading
+        patience = self._door.limits.timeout
+        try:
+            async with asyncio.timeout(patience if refusal is None else min(patience, DROPPING)):
+                body = await self._read(receive, most if refusal is None else 0)
+        except TimeoutError:
+            message = f"the body was not there within {patience:g} seconds"
+            raise refusal or Refusal(408, "slow_body", message) from None
+        if body is None:
+            return None
+        if refusal is not None or len(body) > most:
+            raise refusal or _too_large(most)
+        return body
+
+    def _refused(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Refusal | None:
+        """Why a request is refused by its head alone."""
+        door = self._door
         if door.draining:
-            raise Refusal(503, "ending", "the server ends and takes no further requests")
-        headers = dict(scope["headers"])
+            return Refusal(503, "ending", "the server ends and takes no further requests")
         given = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if scope["path"] in door.paths and scope["method"] == "POST" and given != b"application/json":
             shown = given.decode("latin-1")[:60] or "none"
-            raise Refusal(415, "wrong_type", f"content type {shown}; accepted: application/json")
-        too_large = Refusal(413, "body_too_large", f"the body is larger than the {most} bytes that are accepted")
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > most:
-            raise too_large
-        try:
-            async with asyncio.timeout(door.limits.timeout):
-                return await self._read(receive, most, too_large)
-        except TimeoutError:
-            message = f"the body was not there within {door.limits.timeout:g} seconds"
-            raise Refusal(408, "slow_body", message) from None
+            return Refusal(415, "wrong_type", f"content type {shown}; accepted: application/json")
+        return _too_large(door.limits.max_body) if _length(headers) > door.limits.max_body else None
 
     @staticmethod
-    async def _read(receive: Receive, most: int, too_large: Refusal) -> bytes | None:
-        body = bytearray()
+    async def _read(receive: Receive, most: int) -> bytes | None:
+        """The body, of one that is larger than ``most`` its beginning, more than that; None where the client left."""
+        body, dropped = bytearray(), 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            body += message.get("body", b"")
+            part = message.get("body", b"")
             if len(body) > most:
-                raise too_large
-            if not message.get("more_body", False):
+                dropped += len(part)
+            else:
+                body += part
+            if dropped > DROPPED or not message.get("more_body", False):
                 return bytes(body)
+
+
+def _length(headers: Mapping[bytes, bytes]) -> int:
+    """Bytes that the head of a request announces; 0: it does not say."""
+    length = headers.get(b"content-length", b"0")
+    return int(length) if length.isdigit() else 0
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal(413, "body_too_large", f"the body is larger than the {most} bytes that are accepted")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 from rl_exit import EarlyExitModel
@@ -242,6 +244,36 @@ def test_ending_answers_what_is_open_and_takes_no_more(front: Front) -> None:
         return await opened, left, refused
 
     assert asyncio.run(scenario()) == (200, 0, 503)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_client_that_sends_too_much_reads_why(front: Front, announced: bool) -> None:
+    """It sends all before it reads anything: closed earlier, it would see a broken pipe."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(build_app(front), lifespan="off", log_config=None))
+    thread = threading.Thread(target=lambda: server.run([listening]), daemon=True)
+    thread.start()
+    body = b'{"text": "' + b"a" * 6_000_000 + b'"}'
+    if announced:
+        size = b"content-length: %d" % len(body)
+    else:
+        size, body = b"transfer-encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    head = b"POST /v1/predict HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"  # as urllib does
+    head += b"content-type: application/json\r\n%s\r\n\r\n" % size
+    until = time.monotonic() + 20
+    while not server.started and time.monotonic() < until:
+        time.sleep(0.01)
+    with socket.create_connection(listening.getsockname(), timeout=20) as client:
+        client.sendall(head)
+        for start in range(0, len(body), 100_000):
+            client.sendall(body[start : start + 100_000])
+            time.sleep(0.001)
+        assert client.recv(100).startswith(b"HTTP/1.1 413 ")
+    with socket.create_connection(listening.getsockname(), timeout=20) as client:
+        client.sendall(head.replace(b"host", b"expect: 100-continue\r\nhost") if announced else head + body)
+        assert client.recv(100).startswith(b"HTTP/1.1 413 "), "who asks before sending is told at once"
+    server.should_exit = True
+    thread.join(20)
 
 
 @pytest.mark.parametrize("leaves", [False, True])

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rl_exit.native import library
+from rl_exit.native import function
 
 SOURCE = Path(__file__).with_name("native_rows.c")
 Indices = npt.NDArray[np.int64]
@@ -88,12 +88,5 @@ def _padded_by_torch(sources: Sequence[Tensor], rows: Sequence[Indices | None], 
 
 @cache
 def _function() -> Callable[..., None] | None:
-    found = library(SOURCE)
-    if found is None:
-        return None
-    gather: Any = found.rl_exit_gather
     long, pointer = ctypes.c_int64, ctypes.c_void_p
-    gather.argtypes = [long, ctypes.POINTER(_Source), pointer, long, long, pointer]
-    gather.restype = None
-    function: Callable[..., None] = gather
-    return function
+    return function(SOURCE, "rl_exit_gather", (long, ctypes.POINTER(_Source), pointer, long, long, pointer), None)
