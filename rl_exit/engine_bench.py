@@ -1,8 +1,8 @@
 """``rl-exit bench inference``: is a layer saved time saved, does a speed asked for come, does the guarantee hold?
 
 Per model, on texts that nothing was trained on (dev and test of its task), cut at random into calibration and measured
-texts. All variants of one batch size run in turn on the same measured texts; figures are medians over the rounds of the
-ratio within a round. One thread.
+texts. All variants of one batch size run on the same measured texts, a slice of each in turn (:mod:`rl_exit.turns`);
+figures are medians over the rounds of the ratio within a round. One thread.
 
 * ``full``: the same engine at full depth, no exit and no policy computed below L;
 * ``exits``: the policy at the threshold that ``--speedup 2`` chooses on the calibration texts, survivors pooled, as
@@ -15,9 +15,8 @@ ratio within a round. One thread.
 from __future__ import annotations
 
 import os
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -40,9 +39,10 @@ from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.exits import pool
 from rl_exit.models.native_exits import SOURCE
 from rl_exit.native import library
-from rl_exit.operating import Clocked, Evidence, exits_of, gather, grid, point_by_speed
+from rl_exit.operating import Clocked, Evidence, engine_pass, exits_of, gather, grid, point_by_speed
 from rl_exit.profiling import profile, surroundings
 from rl_exit.progress import Display, Progress
+from rl_exit.turns import in_turn, ratio
 
 BATCH_SIZES = (1, 8, 32, 128)
 TEXTS = 1000
@@ -155,24 +155,16 @@ def _measure(
 def _engine(
     model: EarlyExitModel, instances: Instances, threshold: float, size: int, rounds: int, progress: Progress, done: int
 ) -> dict[str, Any]:
-    rule, full = ConsistentEE(threshold), Fixed(model.num_layers)
-    variants: dict[str, Callable[[], Any]] = {
-        "full": lambda: run_instances(model, instances, full, size),
-        "exits": lambda: run_instances(model, instances, rule, size),
-        "alone": lambda: run_instances(model, instances, rule, size, pooled=False),
-        "never": lambda: run_instances(model, instances, ConsistentEE(1.0), size),
+    rule, full, never = ConsistentEE(threshold), Fixed(model.num_layers), ConsistentEE(1.0)
+    passes = {
+        "full": engine_pass(model, instances, full, size),
+        "exits": engine_pass(model, instances, rule, size),
+        "alone": engine_pass(model, instances, rule, size, pooled=False),
+        "never": engine_pass(model, instances, never, size),
         "plain": lambda: _plain_transformers(model, instances, size),
     }
-    wall: dict[str, list[float]] = {name: [] for name in variants}
-    cpu: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(1 + rounds):
-        for name, variant in variants.items():
-            started, busy = time.perf_counter(), time.process_time()
-            variant()
-            if number:
-                wall[name].append(time.perf_counter() - started)
-                cpu[name].append(time.process_time() - busy)
-        progress.update(done + number + 1)
+    with evaluating(model), torch.inference_mode():
+        took = in_turn(passes, len(instances), rounds, after_round=lambda number: progress.update(done + number))
     left = run_instances(model, instances, rule, size).exit_layer.double().numpy()
     in_layers = model.num_layers / float(left.mean())
     # Where longer texts leave later, layers per text promise more than there is: what counts is layers per token.
@@ -184,37 +176,35 @@ def _engine(
         "layer_speedup": in_layers,
         "layer_speedup_by_tokens": in_tokens,
     } | {
-        **_ratios(wall, in_layers),
-        "seconds": {name: statistics.median(values) for name, values in wall.items()},
-        "by_processor_time": _ratios(cpu, in_layers),
+        **_ratios(took.wall, in_layers),
+        "seconds": {name: float(np.median(each.sum(1))) for name, each in took.wall.items()},
+        "by_processor_time": _ratios(took.processor, in_layers),
     }
 
 
-def _ratios(times: dict[str, list[float]], in_layers: float) -> dict[str, float]:
-    def ratio(above: str, below: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
-
+def _ratios(times: Mapping[str, npt.NDArray[np.float64]], in_layers: float) -> dict[str, float]:
+    speedup = ratio(times["full"], times["exits"])
     return {
-        "speedup": ratio("full", "exits"),
-        "time_per_layer_speedup": ratio("full", "exits") / in_layers,
-        "time_per_layer_speedup_plain": ratio("plain", "exits") / in_layers,
-        "time_per_layer_speedup_alone": ratio("full", "alone") / in_layers,
-        "no_exit_overhead": ratio("never", "full") - 1.0,
-        "full_against_plain": ratio("plain", "full"),
+        "speedup": speedup,
+        "time_per_layer_speedup": speedup / in_layers,
+        "time_per_layer_speedup_plain": ratio(times["plain"], times["exits"]) / in_layers,
+        "time_per_layer_speedup_alone": ratio(times["full"], times["alone"]) / in_layers,
+        "no_exit_overhead": ratio(times["never"], times["full"]) - 1.0,
+        "full_against_plain": ratio(times["plain"], times["full"]),
     }
 
 
-def _plain_transformers(model: EarlyExitModel, instances: Instances, size: int) -> torch.Tensor:
+def _plain_transformers(model: EarlyExitModel, instances: Instances, size: int) -> Iterator[int]:
     """The base model's own forward pass with the last exit as its classifier; the same batches."""
-    answers = torch.empty((len(instances), model.config.num_labels))
-    with evaluating(model), torch.inference_mode():
-        for rows in length_sorted_batches(instances.lengths, size):
-            batch = {key: value.to(model.device) for key, value in instances.batch(rows).items()}
-            states = model.backbone.model(**batch).last_hidden_state
-            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-            pooled = pool(states, mask, model.config.pooling)
-            answers[torch.from_numpy(rows)] = model.exits.at(model.num_layers, pooled).float().cpu()
-    return answers
+    answers, done = torch.empty((len(instances), model.config.num_labels)), 0
+    for rows in length_sorted_batches(instances.lengths, size):
+        batch = {key: value.to(model.device) for key, value in instances.batch(rows).items()}
+        states = model.backbone.model(**batch).last_hidden_state
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        pooled = pool(states, mask, model.config.pooling)
+        answers[torch.from_numpy(rows)] = model.exits.at(model.num_layers, pooled).float().cpu()
+        done += len(rows)
+        yield done
 
 
 def _guarantee(evidence: Evidence, progress: Progress) -> dict[str, Any]:

@@ -113,27 +113,55 @@ def run_instances(
     check_batch_size(batch_size)
     if len(instances) == 0:
         raise ValueError("run_instances needs at least one instance")
-    # Filled by numpy: a few rows come at a time, for which torch takes several times as long.
-    logits: npt.NDArray[np.float32] | None = None
-    exit_layer = np.empty(len(instances), dtype=np.int64)
-    done = 0
+    answers = Answers(len(instances))
     with evaluating(model), torch.inference_mode():
-        for left in _leaving(model, instances, criterion, batch_size, pooled):
-            if logits is None:
-                logits = np.empty((len(instances), left.logits.shape[1]), dtype=np.float32)
-            logits[left.rows] = left.logits.to("cpu", torch.float32).numpy()
-            exit_layer[left.rows] = left.layer
-            done += len(left.rows)
+        for left in leaving(model, instances, criterion, batch_size, pooled):
+            answers.put(left)
             if progress is not None:
-                progress.update(done)
-    assert logits is not None
-    return EngineOutput(torch.from_numpy(logits), torch.from_numpy(exit_layer))
+                progress.update(answers.done)
+    return answers.output()
 
 
-def _leaving(
-    model: LayeredModel, instances: Instances, criterion: Criterion, batch_size: int, pooled: bool
+class Answers:
+    """Collects rows as they leave.
+
+    Attributes:
+        done: How many have left so far.
+    """
+
+    def __init__(self, count: int) -> None:
+        """Of ``count`` rows, N."""
+        # Filled by numpy: a few rows come at a time, for which torch takes several times as long.
+        self._logits: npt.NDArray[np.float32] | None = None
+        self._exit_layer = np.empty(count, dtype=np.int64)
+        self.done = 0
+
+    def put(self, left: Left) -> None:
+        """Rows that left at one layer; their numbers are 0..N-1, each comes once."""
+        if self._logits is None:
+            self._logits = np.empty((len(self._exit_layer), left.logits.shape[1]), dtype=np.float32)
+        self._logits[left.rows] = left.logits.to("cpu", torch.float32).numpy()
+        self._exit_layer[left.rows] = left.layer
+        self.done += len(left.rows)
+
+    def output(self) -> EngineOutput:
+        """Logits [N, C] and exit layers [N], on the CPU, once all have left."""
+        assert self._logits is not None and self.done == len(self._exit_layer)
+        return EngineOutput(torch.from_numpy(self._logits), torch.from_numpy(self._exit_layer))
+
+
+def leaving(
+    model: LayeredModel, instances: Instances, criterion: Criterion, batch_size: int, pooled: bool = True
 ) -> Iterator[Left]:
-    """Who leaves, as they leave; rows are numbers of instances."""
+    """Rows as they leave, numbered by their place among the instances: what :func:`run_instances` collects.
+
+    Args:
+        model: In evaluation mode, under ``torch.inference_mode()`` for as long as the iterator is used.
+        instances: N >= 1 instances.
+        criterion: Who leaves.
+        batch_size: Rows at a time.
+        pooled: Whether survivors of different batches are put together.
+    """
     from rl_exit.data.batching import length_sorted_batches
 
     def entering(rows: npt.NDArray[np.int64]) -> Callable[[], Survivors]:

@@ -6,8 +6,8 @@ under a name, which :meth:`rl_exit.models.early_exit.EarlyExitModel.predict` tak
 **Speed** is predicted by the measured cost model (:mod:`rl_exit.costs`): the threshold is the one at which these texts,
 with their lengths, take ``1 / speedup`` of the time that full depth takes. What the model does not know (padding, how
 full batches of survivors are, the tail of a file) is then measured: some of the texts run through the engine, at full
-depth and at that threshold in turn, and the prediction is corrected by the quotient of what was measured and what the
-model says of the same texts (:class:`Clocked`), twice.
+depth and at that threshold in turn (:mod:`rl_exit.turns`), and the prediction is corrected by the quotient of what was
+measured and what the model says of the same texts (:class:`Clocked`), twice.
 
 **Loss** is bounded by Learn-then-Test (Angelopoulos et al. 2021). The loss of a text is 1 where full depth is right and
 the early answer wrong, -1 the other way round, else 0; its mean is the accuracy that is lost. Thresholds of a grid that
@@ -20,8 +20,6 @@ It holds for the exact choice that is made here, and says nothing of texts of an
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -38,9 +36,10 @@ from rl_exit.data.batching import length_sorted_batches
 from rl_exit.data.instances import Instances
 from rl_exit.errors import ConfigError, DataError
 from rl_exit.evaluation import log_odds
-from rl_exit.inference import run_instances
+from rl_exit.inference import Answers, evaluating, leaving
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.progress import Progress
+from rl_exit.turns import Pass, in_turn, ratio
 
 CANDIDATES = 2000
 GRID = 161
@@ -179,7 +178,7 @@ class Clocked:
         instances: The calibration texts, in the order of the evidence.
         batch_size: Texts that run together.
         texts: How many are timed at most, spread evenly over the lengths; at least four batches.
-        rounds: Passes of each, in turn, after one that is not counted.
+        rounds: Passes of each, a slice of either in turn, after one that is not counted.
     """
 
     model: EarlyExitModel
@@ -195,16 +194,26 @@ class Clocked:
         count = min(max(self.texts, 4 * self.batch_size), len(order))
         rows = order[np.linspace(0, len(order) - 1, count).astype(np.int64)]
         some, full = self.instances.take(rows), Fixed(self.model.num_layers)
-        ratios = []
-        for number in range(1 + self.rounds):
-            seconds = []
-            for each in (full, rule):
-                started = time.perf_counter()
-                run_instances(self.model, some, each, self.batch_size)
-                seconds.append(time.perf_counter() - started)
-            if number:
-                ratios.append(seconds[0] / seconds[1])
-        return statistics.median(ratios) / costs.speedup(self.batch_size, lengths[rows], exit_layers[rows])
+        passes = {"full": engine_pass(self.model, some, full, self.batch_size)}
+        passes["rule"] = engine_pass(self.model, some, rule, self.batch_size)
+        with evaluating(self.model), torch.inference_mode():
+            wall = in_turn(passes, count, self.rounds).wall
+        measured = ratio(wall["full"], wall["rule"])
+        return measured / costs.speedup(self.batch_size, lengths[rows], exit_layers[rows])
+
+
+def engine_pass(
+    model: EarlyExitModel, instances: Instances, rule: Criterion, batch_size: int, pooled: bool = True
+) -> Pass:
+    """A run of the engine that can be timed in turn with others (:mod:`rl_exit.turns`)."""
+
+    def start() -> Iterator[int]:
+        answers = Answers(len(instances))
+        for left in leaving(model, instances, rule, batch_size, pooled):
+            answers.put(left)
+            yield answers.done
+
+    return start
 
 
 def point_by_speed(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rl_exit import operating
+from rl_exit import operating, turns
 from rl_exit.costs import CostModel
 from rl_exit.criteria import StoredSplit, criterion, exits_from_store, scores_from_store
 from rl_exit.criteria.calibration import betting_p, careful_first, fewest_for
@@ -78,12 +78,17 @@ def test_the_clock_corrects_what_the_costs_predict():
 
 
 def test_the_clock_runs_some_texts_of_all_lengths_both_ways(monkeypatch):
-    """A clock that the runs themselves set: full depth takes 3 s, the rule 2 s, the first pass ten times as much."""
+    """A clock that the passes themselves set: a text takes 3 s at full depth, 2 s by the rule."""
     now, ran = [0.0], []
 
-    def run_instances(model, instances, rule, batch_size):
-        ran.append((rule.name, instances, batch_size))
-        now[0] += (3.0 if rule.name == "fixed" else 2.0) * (10.0 if len(ran) <= 2 else 1.0)
+    def engine_pass(model, instances, rule, batch_size):
+        def start():
+            ran.append((rule.name, instances, batch_size))
+            for done in range(1, len(instances) + 1):
+                now[0] += 3.0 if rule.name == "fixed" else 2.0
+                yield done
+
+        return start
 
     class Texts:
         lengths = np.arange(100)[::-1]
@@ -91,9 +96,10 @@ def test_the_clock_runs_some_texts_of_all_lengths_both_ways(monkeypatch):
         def take(self, rows):
             return self.lengths[rows].tolist()
 
-    monkeypatch.setattr(operating, "run_instances", run_instances)
-    monkeypatch.setattr(operating.time, "perf_counter", lambda: now[0])
-    clock = Clocked(SimpleNamespace(num_layers=LAYERS), Texts(), 4, texts=5, rounds=3)
+    monkeypatch.setattr(operating, "engine_pass", engine_pass)
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
+    model = SimpleNamespace(num_layers=LAYERS, training=False, train=lambda mode: None)
+    clock = Clocked(model, Texts(), 4, texts=5, rounds=3)
     left = np.where(Texts.lengths > 50, 4, 2)
     found = clock.bias(POLICY, even_costs(), left)
     some = ran[0][1]
