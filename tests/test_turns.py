@@ -1,0 +1,93 @@
+"""Passes timed in turn: nothing that changes with time may favour one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from rl_exit import turns
+from rl_exit.turns import in_turn, ratio
+
+
+class World:
+    """A clock that work moves; the machine becomes slower as it goes, or is held up at one moment."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slower: float = 0.0, stop: float | None = None) -> None:
+        self.now, self.slower, self.stop, self.calls = 0.0, slower, stop, []
+        monkeypatch.setattr(turns.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(turns.time, "process_time", lambda: 0.5 * self.now)
+
+    def work(self, seconds: float) -> None:
+        if self.stop is not None and self.now >= self.stop:
+            self.now, self.stop = self.now + 100.0, None
+        self.now += seconds * (1.0 + self.slower * self.now)
+
+    def one(self, name: str, seconds: float, rows: int = 64, step: int = 1, after: float = 0.0):
+        def start() -> Iterator[int]:
+            for done in range(step, rows + 1, step):
+                self.calls.append((name, done))
+                self.work(seconds * step)
+                yield done
+            self.work(after)
+
+        return start
+
+
+def test_a_machine_that_becomes_slower_slows_both(monkeypatch):
+    world = World(monkeypatch, slower=0.002)
+    took = in_turn({"slow": world.one("slow", 2.0), "fast": world.one("fast", 1.0)}, 64, rounds=3)
+    found = ratio(took.wall["slow"], took.wall["fast"])
+    assert found == pytest.approx(2.0, rel=0.02)
+    np.testing.assert_allclose(took.processor["slow"], 0.5 * took.wall["slow"])
+    # The same work, one whole pass after the other, is off by a fifth and more.
+    other = World(monkeypatch, slower=0.002)
+    whole = []
+    for seconds in (2.0, 1.0):
+        before = other.now
+        for _ in other.one("whole", seconds)():
+            pass
+        whole.append(other.now - before)
+    assert abs(whole[0] / whole[1] - 2.0) > 0.1
+
+
+def test_every_row_and_what_comes_after_the_last_counts(monkeypatch):
+    world = World(monkeypatch)
+    passes = {"one": world.one("one", 1.0, after=3.0), "eight": world.one("eight", 1.0, step=8)}
+    took = in_turn(passes, 64, rounds=2, slices=5)
+    assert took.wall["one"].shape == (2, 5)
+    assert took.wall["one"].sum(1).tolist() == [67.0, 67.0] and took.wall["eight"].sum(1).tolist() == [64.0, 64.0]
+    assert sum(name == "one" for name, _ in world.calls) == 3 * 64, "one round more, which is not counted"
+
+
+def test_a_slice_that_is_done_already_does_nothing(monkeypatch):
+    """Batches larger than a slice: half of the slices find their rows done."""
+    world = World(monkeypatch)
+    took = in_turn({"large": world.one("large", 1.0, step=32)}, 64, rounds=1, slices=4)
+    assert took.wall["large"].tolist() == [[32.0, 0.0, 32.0, 0.0]]
+
+
+def test_one_interruption_does_not_move_the_median(monkeypatch):
+    world = World(monkeypatch, stop=400.0)
+    took = in_turn({"slow": world.one("slow", 2.0), "fast": world.one("fast", 1.0)}, 64, rounds=3)
+    sums = np.concatenate([took.wall[name].sum(1) for name in took.wall])
+    assert sums.max() > 150.0 and ratio(took.wall["slow"], took.wall["fast"]) == pytest.approx(2.0)
+
+
+def test_the_order_changes_and_is_the_seed_s(monkeypatch):
+    def order(seed: int) -> list[str]:
+        world = World(monkeypatch)
+        in_turn({name: world.one(name, 1.0, rows=8) for name in "abc"}, 8, rounds=1, slices=8, seed=seed)
+        return [name for name, _ in world.calls]
+
+    first = order(0)
+    assert first == order(0) != order(1)
+    firsts = {first[place] for place in range(0, len(first), 3)}
+    assert firsts == {"a", "b", "c"}
+
+
+def test_rounds_are_told(monkeypatch):
+    world, told = World(monkeypatch), []
+    in_turn({"a": world.one("a", 1.0, rows=2)}, 2, rounds=2, after_round=told.append)
+    assert told == [1, 2, 3]
