@@ -24,7 +24,7 @@ from rl_exit.criteria.policy import ConsistentEE
 from rl_exit.errors import ConfigError, DataError
 from rl_exit.pooling import run_pooled
 from rl_exit.progress import Progress, Silent, Terminal
-from rl_exit.stepping import LayeredModel, Left, Survivors, advance, enter
+from rl_exit.stepping import LayeredModel, Left, Survivors, advance, enter, enter_instances
 
 if TYPE_CHECKING:
     from rl_exit.data.instances import Instances
@@ -165,7 +165,7 @@ def leaving(
     from rl_exit.data.batching import length_sorted_batches
 
     def entering(rows: npt.NDArray[np.int64]) -> Callable[[], Survivors]:
-        return lambda: enter(model, instances.batch(rows), criterion, rows)
+        return lambda: enter_instances(model, instances, criterion, rows)
 
     arrivals = (entering(rows) for rows in length_sorted_batches(instances.lengths, batch_size))
     if pooled:

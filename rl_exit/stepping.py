@@ -29,11 +29,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rl_exit.criteria.base import Carry, Criterion, LayerView
+from rl_exit.criteria.base import Carry, Criterion, LayerView, Parted, parted
 from rl_exit.models.backbones.base import join_states
+from rl_exit.models.backbones.embeddings import Ragged
 from rl_exit.models.backbones.rows import Indices
 
 if TYPE_CHECKING:
+    from rl_exit.data.instances import Instances
     from rl_exit.models.backbones import SteppedBackbone, StepState
 
 
@@ -148,6 +150,31 @@ def enter(
     return Survivors(0, state, criterion.start(count, device), numbers)
 
 
+def enter_instances(
+    model: LayeredModel, instances: Instances, criterion: Criterion, rows: npt.NDArray[np.int64]
+) -> Survivors:
+    """Embed tokenised instances, numbered by their place.
+
+    Args:
+        model: In evaluation mode.
+        instances: Where they are.
+        criterion: Who leaves.
+        rows: Which, int64 [B], B >= 1.
+
+    Raises:
+        ValueError: No rows.
+        IndexError: A row that there is not, or a token that the model does not know.
+    """
+    device = model.device
+    if device.type == "cpu" and len(rows) and rows.min() >= 0:
+        lengths, tokens = instances.lengths[rows], np.ascontiguousarray(instances.tokens)
+        segments = None if instances.token_types is None else np.ascontiguousarray(instances.token_types)
+        found = Ragged(tokens, segments, instances.offsets[rows], lengths, instances.pad_token_id)
+        if (state := model.backbone.begin_rows(found)) is not None:
+            return Survivors(0, state, criterion.start(len(rows), device), rows)
+    return enter(model, instances.batch(rows), criterion, rows)
+
+
 def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Step:
     """Run the next layer and let go who leaves; at layer L all do.
 
@@ -165,16 +192,17 @@ def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Ste
     view = model.view(layer, state)
     if layer == model.num_layers:
         return Step(Left(layer, numbers, _said(criterion, layer, view, carry)), None)
-    leave = _leave(criterion, layer, view, carry)
-    if leave is None or len(leaving := leave.nonzero()[0]) == 0:
+    apart = _apart(criterion, layer, view, carry)
+    if apart is None:
         return Step(None, Survivors(layer, state, carry, numbers))
+    leaving, staying = apart
     said = _said(criterion, layer, view, carry)
-    if len(leaving) == len(numbers):
+    if not len(staying):
         return Step(Left(layer, numbers, said), None)
-    stay = Survivors(layer, state, carry, numbers, (~leave).nonzero()[0])
+    stay = Survivors(layer, state, carry, numbers, staying)
     if 2 * len(leaving) > len(numbers):
         stay = join([stay])  # a few rows must not keep the memory of many while they wait
-    return Step(Left(layer, numbers[leaving], said.index_select(0, torch.from_numpy(leaving).to(said.device))), stay)
+    return Step(Left(layer, numbers[leaving], _of_rows([said], [leaving])), stay)
 
 
 def join(groups: Sequence[Survivors]) -> Survivors:
@@ -195,17 +223,16 @@ def join(groups: Sequence[Survivors]) -> Survivors:
         raise ValueError("join needs groups of one criterion: what they remember has different names")
     kept = [group.kept for group in groups]
     carry = {key: _of_rows([group.carry[key] for group in groups], kept) for key in first.carry}
-    state = join_states([group.state for group in groups], kept)
+    state = join_states([group.state for group in groups], kept, max(group.longest for group in groups))
     numbers = first.rows if len(groups) == 1 else np.concatenate([group.rows for group in groups])
     return Survivors(first.layer, state, carry, numbers)
 
 
-def _leave(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> npt.NDArray[np.bool_] | None:
-    """Who leaves, [B]; None: nobody."""
+def _apart(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> Parted | None:
+    """Who leaves and who stays; None: nobody leaves."""
     leaving = getattr(criterion, "leaving", None)
-    found: npt.NDArray[np.bool_] | None
-    # numpy for the few flags: a third of torch's time, which counts beside a small model's layer.
-    found = criterion.leave(layer, view, carry).cpu().numpy() if leaving is None else leaving(layer, view, carry)
+    found: Parted | None
+    found = parted(criterion.leave(layer, view, carry)) if leaving is None else leaving(layer, view, carry)
     return found
 
 

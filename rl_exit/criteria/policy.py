@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from rl_exit.criteria.base import Carry, LayerView, Scored, checked_number
+from rl_exit.criteria.base import Carry, LayerView, Parted, Scored, checked_number, parted
 from rl_exit.evaluation import log_odds, threshold_at
 
 
@@ -39,13 +37,12 @@ class ConsistentEE(Scored):
         """``pi > threshold``, compared as log-odds."""
         return self.score(layer, view, carry).float() > log_odds(self.threshold)
 
-    def leaving(self, layer: int, view: LayerView, carry: Carry) -> npt.NDArray[np.bool_] | None:
-        """As :meth:`leave`, in place of it, for an engine whose flags are wanted on the CPU; None: nobody leaves."""
+    def leaving(self, layer: int, view: LayerView, carry: Carry) -> Parted | None:
+        """As :meth:`leave`, in place of it, for an engine that wants row numbers on the CPU; None: nobody leaves."""
         mine = type(self)
         made_of_this = mine is not ConsistentEE
         if made_of_this and (mine.leave is not ConsistentEE.leave or mine.score is not ConsistentEE.score):
-            leave: npt.NDArray[np.bool_] = self.leave(layer, view, carry).cpu().numpy()
-            return leave
+            return parted(self.leave(layer, view, carry))
         return view.leaving(self._cut, carry)
 
     @cached_property

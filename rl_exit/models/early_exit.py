@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 
 from rl_exit.criteria import Carry, ConsistentEE, Criterion, LayerView
+from rl_exit.criteria.base import Parted, parted
 from rl_exit.errors import ModelError
 from rl_exit.inference import run_batch, run_texts
 from rl_exit.models import folder, pretrained
@@ -505,13 +504,15 @@ class EarlyExitModel(PreTrainedModel):
         pooled = None if inputs == "answers" else view.state
         return self.policy.at(view.layer, policy_input(inputs, pooled, figures))
 
-    def _leaving(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> npt.NDArray[np.bool_] | None:
-        """Who has log-odds above the cut, [B]; None: nobody."""
+    def _leaving(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> Parted | None:
+        """Who has log-odds above the cut; None: nobody."""
         decision = self._decide(view, carry, state, cut)
         if decision is None:
-            leave: npt.NDArray[np.bool_] = (self._exit_logit(view, carry, state).float() > cut).cpu().numpy()
-            return leave if leave.any() else None
-        return decision.leave.numpy() if decision.leaving else None
+            return parted(self._exit_logit(view, carry, state).float() > cut)
+        if not decision.leaving:
+            return None
+        order = decision.order.numpy()
+        return Parted(order[: decision.leaving], order[decision.leaving :])
 
     def _decide(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> Decision | None:
         """The decision in compiled code, which knows the answers too; None where it cannot be had."""
@@ -574,7 +575,7 @@ class _View(LayerView):
     def _exit_logit(self, carry: Carry) -> Tensor:
         return self._model._exit_logit(self, carry, self._step)
 
-    def leaving(self, above: float, carry: Carry) -> npt.NDArray[np.bool_] | None:
+    def leaving(self, above: float, carry: Carry) -> Parted | None:
         """See :meth:`rl_exit.criteria.base.LayerView.leaving`; in compiled code where that can be had."""
         return self._model._leaving(self, carry, self._step, above)
 

@@ -42,13 +42,13 @@ class Decision(NamedTuple):
     Attributes:
         answers: float32 [B, C], logits of what each row would answer here.
         odds: float32 [B], log-odds of Exit.
-        leave: bool [B], whether they exceed the cut.
+        order: int64 [B], the rows whose odds exceed the cut, then the others, each in their order.
         leaving: How many leave.
     """
 
     answers: Tensor
     odds: Tensor
-    leave: Tensor
+    order: Tensor
     leaving: int
 
 
@@ -137,7 +137,7 @@ class NativeExits:
                 memory = memory.contiguous()
             before = memory.data_ptr()
         after, answers = torch.empty((rows, self._kept)), torch.empty((rows, self._classes))
-        odds, leave = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
+        odds, order = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
         leaving = self._decide(
             self._pointer,
             layer,
@@ -150,12 +150,12 @@ class NativeExits:
             after.data_ptr(),
             answers.data_ptr(),
             odds.data_ptr(),
-            leave.data_ptr(),
+            order.data_ptr(),
         )
         if leaving < 0:
             raise MemoryError(f"no memory for an exit decision on {rows} rows")
         carry[KEY] = after
-        return Decision(answers, odds, leave, leaving)
+        return Decision(answers, odds, order, leaving)
 
 
 def _places(exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> list[tuple[Any, str]]:

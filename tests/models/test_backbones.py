@@ -268,12 +268,16 @@ def test_joined_batches_go_on_as_if_alone(name: str, attention: str, shorter_fir
 @torch.inference_mode()
 def test_row_numbers_that_compiled_code_could_not_trust_are_refused() -> None:
     state = build("bert").begin(**make_batch())
-    wrongs = (np.array([0, -1]), np.ones(state.batch_size, dtype=bool), np.array([0], dtype=np.int32), np.array([[0]]))
+    wrongs = (np.ones(state.batch_size, dtype=bool), np.array([0], dtype=np.int32), np.array([[0]]))
     for wrong in wrongs:
         with pytest.raises(ValueError, match="int64"):
             join_states([state], [wrong])
-    with pytest.raises(IndexError):
-        join_states([state], [np.array([state.batch_size])])
+    for none_such in ([state.batch_size], [0, -1]):
+        for longest in (None, 12):
+            with pytest.raises(IndexError):
+                join_states([state], [np.array(none_such)], longest)
+    with pytest.raises(ValueError, match="more than 2 tokens"):
+        join_states([state], [np.array([0, 1])], 2)
     every_second = np.arange(state.batch_size)[::2]  # not contiguous
     found = join_states([state], [every_second])
     expected = state.hidden[every_second.tolist(), : found.length]

@@ -64,7 +64,9 @@ def both(model: EarlyExitModel, batch: dict[str, torch.Tensor]) -> list[tuple[to
             figures = answer_figures(layer, model.num_layers, view.answer, memory)
             odds = model.policy.at(layer, figures)
             found += [(fast.answers, view.answer), (fast.odds, odds)]
-            assert fast.leave.tolist() == (fast.odds > 0.0).tolist() and fast.leaving == int(fast.leave.sum())
+            above = fast.odds > 0.0
+            rows = [*above.nonzero()[:, 0].tolist(), *(~above).nonzero()[:, 0].tolist()]
+            assert fast.order.tolist() == rows and fast.leaving == int(above.sum())
     return found
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from rl_exit.errors import ModelError
 from rl_exit.models.backbones.blocks import Blocks
+from rl_exit.models.backbones.embeddings import Ragged
 from rl_exit.models.backbones.masks import MaskForm, attention_mask_for, attention_of
-from rl_exit.models.backbones.rows import Indices, pad_rows
+from rl_exit.models.backbones.rows import Indices, Padded, pad_rows
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,9 @@ class StepState:
         )
 
 
-def join_states(states: Sequence[StepState], rows: Sequence[Indices | None] | None = None) -> StepState:
+def join_states(
+    states: Sequence[StepState], rows: Sequence[Indices | None] | None = None, longest: int | None = None
+) -> StepState:
     """Put batches that stand after the same layer together, in their order, padded to the longest row among them.
 
     Rows do not see each other, so each goes on as it would have alone. Batches of different padding may be joined: the
@@ -131,48 +134,46 @@ def join_states(states: Sequence[StepState], rows: Sequence[Indices | None] | No
     Args:
         states: One or more of the same backbone, after the same layer.
         rows: Of each batch, which of its rows, 0..B-1, int64, in the order wanted; None: all.
+        longest: Tokens of the longest of these rows, where the caller knows them.
 
     Returns:
         The rows of all of them, [sum of B, T, H], with masks for the next layer; a single batch as it is where all of
         its rows are wanted and none of its columns is padding alone.
 
     Raises:
-        ValueError: No states, or of different backbones, or rows of another type or below 0.
-        IndexError: A row beyond its batch.
+        ValueError: No states, or of different backbones, or rows of another type.
+        IndexError: A row below 0 or beyond its batch.
     """
     if not states or any(state.backbone is not states[0].backbone for state in states):
         raise ValueError("join_states needs one or more states of one backbone")
     backbone = states[0].backbone
     chosen = (None,) * len(states) if rows is None else [some if some is None else _row_numbers(some) for some in rows]
-    parts = [
-        state.lengths.numpy() if some is None else state.lengths.numpy()[some]
-        for state, some in zip(states, chosen, strict=True)
-    ]
-    lengths = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    count = sum(state.batch_size if some is None else len(some) for state, some in zip(states, chosen, strict=True))
     # What the layers read beside the rows is the same for every row; the longest batch has all positions.
-    longest = max(states, key=lambda state: state.length) if len(states) > 1 else states[0]
-    keep = max(int(lengths.max()), 1) if len(lengths) else longest.length
-    if len(states) == 1 and chosen[0] is None and longest.length == keep:
-        hidden = longest.hidden
+    widest = max(states, key=lambda state: state.length) if len(states) > 1 else states[0]
+    if longest is None:
+        lengths = [state.lengths.numpy() for state in states]
+        kept = [real if some is None else real[some] for real, some in zip(lengths, chosen, strict=True)]
+        longest = max((int(real.max()) for real in kept if len(real)), default=0)
+    keep = max(longest, 1) if count else widest.length
+    if len(states) == 1 and chosen[0] is None and widest.length == keep:
+        made = Padded(widest.hidden, widest.lengths, widest.padded, None)
     else:
-        # An empty row keeps its first position, which exits may read.
-        hidden = pad_rows([state.hidden for state in states], chosen, np.maximum(lengths, 1), keep)
-    own = torch.from_numpy(lengths)
-    shorter = len(lengths) > 0 and int(lengths.min()) < keep
+        made = pad_rows([state.hidden for state in states], [state.lengths for state in states], chosen, keep)
     return StepState(
-        hidden=hidden,
-        lengths=own,
-        padded=shorter,
-        masks=backbone.masks(hidden, own, shorter),
-        tables=longest.tables if keep == longest.length else longest.tables.trim(keep),
+        hidden=made.hidden,
+        lengths=made.lengths,
+        padded=made.padded,
+        masks=backbone.masks(made.hidden, made.lengths, made.padded, made.seen),
+        tables=widest.tables if keep == widest.length else widest.tables.trim(keep),
         backbone=backbone,
     )
 
 
 def _row_numbers(rows: Indices) -> Indices:
     """Row numbers as compiled code may read them."""
-    if rows.dtype != np.int64 or rows.ndim != 1 or (len(rows) and rows.min() < 0):
-        raise ValueError(f"rows must be int64 [B] from 0 on, not {rows.dtype} {list(rows.shape)}")
+    if rows.dtype != np.int64 or rows.ndim != 1:
+        raise ValueError(f"rows must be int64 [B], not {rows.dtype} {list(rows.shape)}")
     return np.ascontiguousarray(rows)
 
 
@@ -205,6 +206,8 @@ class Family:
         mask_form: What the layers accept as mask.
         reaches: ``(config, L)`` to the largest distance that each layer sees, None for no limit.
         blocks: The layers in parts, for generation; None where a family generates no text.
+        embed_rows: ``(model, rows, T)`` to what ``embed`` gives of the same rows, or None where it cannot be had so;
+            None: in no case (:mod:`.embeddings`).
         packs: Whether layers read nothing but states and mask, and every token sees its whole row: then rows can run
             end to end, without padding (:meth:`SteppedBackbone.step`).
         objection: ``(config)`` to why a model of this configuration cannot be run exactly; None if it can.
@@ -221,6 +224,7 @@ class Family:
     reaches: Callable[[Any, int], tuple[int | None, ...]] = _reach_everything
     objection: Callable[[Any], str | None] = _accept
     blocks: Blocks | None = None
+    embed_rows: Callable[[Any, Ragged, int], Tensor | None] | None = None
     packs: bool = False
 
     def build(self, model: Any) -> SteppedBackbone:
@@ -310,6 +314,27 @@ class SteppedBackbone(nn.Module):
             tables=self._family.tables(self.model, hidden),
             backbone=self,
         )
+
+    def begin_rows(self, rows: Ragged) -> StepState | None:
+        """As :meth:`begin`, of rows of tokens as they lie in memory, for a CPU; what stands at padding is 0.
+
+        Args:
+            rows: B >= 1 rows.
+
+        Returns:
+            The state; None where this backbone, as it is now, has only :meth:`begin`.
+
+        Raises:
+            IndexError: A token, segment or position that the embeddings do not know.
+        """
+        embed = self._family.embed_rows
+        length = max(int(rows.lengths.max()), 1)
+        hidden = None if embed is None else embed(self.model, rows, length)
+        if hidden is None:
+            return None
+        lengths, padded = torch.from_numpy(rows.lengths), int(rows.lengths.min()) < length
+        masks, tables = self.masks(hidden, lengths, padded), self._family.tables(self.model, hidden)
+        return StepState(hidden, lengths, padded, masks, tables, self)
 
     def step(self, layer: int, state: StepState, pack: bool = False) -> StepState:
         """Run layer `layer` (1..L) on a state that the layer before left.
@@ -403,11 +428,22 @@ class SteppedBackbone(nn.Module):
             states.append(state.hidden if layer < self.num_layers else self.hidden(layer, state))
         return states
 
-    def masks(self, hidden: Tensor, lengths: Tensor, padded: bool) -> dict[int | None, Tensor | None]:
-        """Build the attention masks of a batch, one for each reach that a layer has (see :class:`StepState`)."""
+    def masks(
+        self, hidden: Tensor, lengths: Tensor, padded: bool, seen: Tensor | None = None
+    ) -> dict[int | None, Tensor | None]:
+        """Build the attention masks of a batch, one for each reach that a layer has (see :class:`StepState`).
+
+        Args:
+            hidden: [B, T, H].
+            lengths: int64 [B] on the CPU.
+            padded: Whether any is below T.
+            seen: Where tokens are and the first position of empty rows, bool [B, T] on the CPU, if there already.
+        """
         self.boolean_mask = self._masks_padding_alone()  # the attention may have been changed while rows waited
         if self.boolean_mask and hidden.is_cpu:
-            return {None: _padding_mask(lengths, hidden.shape[1]) if padded else None}
+            if not padded:
+                return {None: None}
+            return {None: _padding_mask(lengths, hidden.shape[1]) if seen is None else seen[:, None, None]}
         form = self._family.mask_form
         eager = form == "interface" and attention_of(self.model.config) == "eager"
         real = _real_tokens(lengths, hidden) if padded and not self.is_decoder else None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_exit.models.backbones.base import Family, StepState
+from rl_exit.models.backbones.embeddings import Ragged, embed_rows
 from rl_exit.models.backbones.quick_layer import quick_layer
 
 Embed = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
@@ -50,6 +51,11 @@ def _embed_bert(model: Any, input_ids: Tensor, attention_mask: Tensor, token_typ
     return F.layer_norm(hidden, hidden.shape[-1:], parts.LayerNorm.weight, parts.LayerNorm.bias, parts.LayerNorm.eps)
 
 
+def _embed_rows(model: Any, ragged: Ragged, tokens: int) -> Tensor | None:
+    hidden = embed_rows(model.embeddings, ragged, tokens)
+    return model.embeddings_project(hidden) if hidden is not None and hasattr(model, "embeddings_project") else hidden
+
+
 def _run(model: Any, index: int, state: StepState, mask: Tensor | None) -> Any:
     layer = model.encoder.layer[index]
     # Of all attentions that are accepted only the eager one has no mask of truth values.
@@ -66,6 +72,7 @@ def _bert_like(name: str, embed: Embed = _embed) -> Family:
         name=name,
         causal=False,
         embed=embed,
+        embed_rows=_embed_rows,
         run_layer=_run,
         count_layers=_count,
         objection=_causal_objection,

@@ -7,21 +7,37 @@
 #include <string.h>
 
 typedef struct {
-    const char *memory;   /* [., length, unit] bytes */
-    int64_t length;       /* T of this batch */
-    int64_t count;        /* how many of its rows are wanted */
-    const int64_t *rows;  /* which; NULL: the first `count` */
+    const char *memory;      /* [size, length, unit] bytes */
+    int64_t size, length;    /* B and T of this batch */
+    const int64_t *lengths;  /* real tokens of each of its rows, none above T */
+    int64_t count;           /* how many of its rows are wanted */
+    const int64_t *rows;     /* which; NULL: the first `count` */
 } Source;
 
-/* to [B,tokens,unit] bytes, B the sum of the counts: row r is the first lengths[r] <= tokens units of its source; the rest
- * of it is 0. */
-void rl_exit_gather(int64_t sources, const Source *from, const int64_t *lengths, int64_t tokens, int64_t unit, char *to)
+/* Of B rows, the sum of the counts: to [B,tokens,unit] bytes, the real units of each row, then 0; lengths [B]; and seen
+ * [B,tokens], 1 at real tokens. A row without tokens keeps its first position, and is seen there. Returns the shortest
+ * length, -1 where a row has more than `tokens`, -2 where
+ * there is no such row. */
+int64_t rl_exit_gather(int64_t sources, const Source *from, int64_t tokens, int64_t unit, char *to, int64_t *lengths,
+                       uint8_t *seen)
 {
     const size_t whole = (size_t)(tokens * unit);
+    int64_t shortest = tokens;
     for (const Source *s = from; s < from + sources; s++)
-        for (int64_t i = 0; i < s->count; i++, to += whole) {
-            const size_t real = (size_t)(*lengths++ * unit);
-            memcpy(to, s->memory + (s->rows == NULL ? i : s->rows[i]) * s->length * unit, real);
-            memset(to + real, 0, whole - real);
+        for (int64_t i = 0; i < s->count; i++, to += whole, seen += tokens) {
+            const int64_t row = s->rows == NULL ? i : s->rows[i];
+            if (row < 0 || row >= s->size)
+                return -2;
+            const int64_t length = s->lengths[row], real = length > 0 ? length : 1;
+            if (real > tokens)
+                return -1;
+            memcpy(to, s->memory + row * s->length * unit, (size_t)(real * unit));
+            memset(to + real * unit, 0, whole - (size_t)(real * unit));
+            memset(seen, 1, (size_t)real);
+            memset(seen + real, 0, (size_t)(tokens - real));
+            *lengths++ = length;
+            if (length < shortest)
+                shortest = length;
         }
+    return shortest;
 }
