@@ -140,7 +140,9 @@ class Answers:
         """Rows that left at one layer; their numbers are 0..N-1, each comes once."""
         if self._logits is None:
             self._logits = np.empty((len(self._exit_layer), left.logits.shape[1]), dtype=np.float32)
-        self._logits[left.rows] = left.logits.to("cpu", torch.float32).numpy()
+        given = left.logits
+        near = given.is_cpu and given.dtype == torch.float32
+        self._logits[left.rows] = (given if near else given.to("cpu", torch.float32)).numpy()
         self._exit_layer[left.rows] = left.layer
         self.done += len(left.rows)
 

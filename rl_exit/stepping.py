@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,8 @@ class Survivors:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest row."""
+        if not self.state.padded:
+            return self.state.length
         lengths = self.state.lengths.numpy()
         return int((lengths if self.kept is None else lengths[self.kept]).max())
 
@@ -105,8 +107,7 @@ class Survivors:
         return replace(self, kept=kept[:count]), replace(self, kept=kept[count:])
 
 
-@dataclass(frozen=True)
-class Left:
+class Left(NamedTuple):
     """Rows that left at one layer.
 
     Attributes:
@@ -120,8 +121,7 @@ class Left:
     logits: Tensor
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What one layer did: who left, who is still inside. At least one of the two is there."""
 
     left: Left | None

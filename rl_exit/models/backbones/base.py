@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rl_exit.errors import ModelError
 from rl_exit.models.backbones.blocks import Blocks
 from rl_exit.models.backbones.embeddings import Ragged
-from rl_exit.models.backbones.masks import MaskForm, attention_mask_for, attention_of
+from rl_exit.models.backbones.masks import ATTENTIONS, MaskForm, attention_mask_for, attention_of
 from rl_exit.models.backbones.rows import Indices, Padded, pad_rows
 
 
@@ -327,12 +327,15 @@ class SteppedBackbone(nn.Module):
         Raises:
             IndexError: A token, segment or position that the embeddings do not know.
         """
-        embed = self._family.embed_rows
-        length = max(int(rows.lengths.max()), 1)
-        hidden = None if embed is None else embed(self.model, rows, length)
+        embed, count = self._family.embed_rows, len(rows.lengths)
+        if embed is None:
+            return None
+        shortest, longest = (rows.lengths[0],) * 2 if count == 1 else (rows.lengths.min(), rows.lengths.max())
+        length = max(int(longest), 1)
+        hidden = embed(self.model, rows, length)
         if hidden is None:
             return None
-        lengths, padded = torch.from_numpy(rows.lengths), int(rows.lengths.min()) < length
+        lengths, padded = torch.from_numpy(rows.lengths), int(shortest) < length
         masks, tables = self.masks(hidden, lengths, padded), self._family.tables(self.model, hidden)
         return StepState(hidden, lengths, padded, masks, tables, self)
 
@@ -385,7 +388,12 @@ class SteppedBackbone(nn.Module):
 
     def _masks_padding_alone(self) -> bool:
         """What ``boolean_mask`` says."""
-        return self._has_no_order and attention_of(self.model.config) != "eager"
+        config: Any = self._modules["model"].config  # type: ignore[union-attr]
+        # Asked at every step: past transformers' own way to it, which is dear, where that is known.
+        name = config.__dict__.get("_attn_implementation_internal")
+        if name not in ATTENTIONS:
+            name = attention_of(config)
+        return self._has_no_order and name != "eager"
 
     def layer_modules(self) -> nn.ModuleList:
         """Return the list of the L layers inside the model.
@@ -437,13 +445,13 @@ class SteppedBackbone(nn.Module):
             hidden: [B, T, H].
             lengths: int64 [B] on the CPU.
             padded: Whether any is below T.
-            seen: Where tokens are and the first position of empty rows, bool [B, T] on the CPU, if there already.
+            seen: Where tokens are and the first position of empty rows, bool [B, 1, 1, T] on the CPU, if there already.
         """
         self.boolean_mask = self._masks_padding_alone()  # the attention may have been changed while rows waited
         if self.boolean_mask and hidden.is_cpu:
-            if not padded:
-                return {None: None}
-            return {None: _padding_mask(lengths, hidden.shape[1]) if seen is None else seen[:, None, None]}
+            if padded and seen is None:
+                seen = _padding_mask(lengths, hidden.shape[1])
+            return {None: seen if padded else None}
         form = self._family.mask_form
         eager = form == "interface" and attention_of(self.model.config) == "eager"
         real = _real_tokens(lengths, hidden) if padded and not self.is_decoder else None

@@ -19,6 +19,7 @@ from rl_exit.models.backbones.embeddings import Ragged, embed_rows
 from rl_exit.models.backbones.quick_layer import quick_layer
 
 Embed = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+EmbedRows = Callable[[Any, Ragged, int], Tensor | None]
 
 
 def _causal_objection(config: Any) -> str | None:
@@ -52,6 +53,10 @@ def _embed_bert(model: Any, input_ids: Tensor, attention_mask: Tensor, token_typ
 
 
 def _embed_rows(model: Any, ragged: Ragged, tokens: int) -> Tensor | None:
+    return embed_rows(model.embeddings, ragged, tokens)
+
+
+def _electra_embed_rows(model: Any, ragged: Ragged, tokens: int) -> Tensor | None:
     hidden = embed_rows(model.embeddings, ragged, tokens)
     return model.embeddings_project(hidden) if hidden is not None and hasattr(model, "embeddings_project") else hidden
 
@@ -67,12 +72,12 @@ def _count(model: Any) -> int:
     return len(model.encoder.layer)
 
 
-def _bert_like(name: str, embed: Embed = _embed) -> Family:
+def _bert_like(name: str, embed: Embed = _embed, embed_rows: EmbedRows = _embed_rows) -> Family:
     return Family(
         name=name,
         causal=False,
         embed=embed,
-        embed_rows=_embed_rows,
+        embed_rows=embed_rows,
         run_layer=_run,
         count_layers=_count,
         objection=_causal_objection,
@@ -82,7 +87,7 @@ def _bert_like(name: str, embed: Embed = _embed) -> Family:
 
 BERT = _bert_like("BERT", _embed_bert)
 ROBERTA = _bert_like("RoBERTa")
-ELECTRA = _bert_like("ELECTRA")
+ELECTRA = _bert_like("ELECTRA", embed_rows=_electra_embed_rows)
 
 
 def _distilbert_embed(model: Any, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:

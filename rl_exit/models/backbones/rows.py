@@ -38,7 +38,7 @@ class Padded(NamedTuple):
         hidden: [B, T, H], new memory.
         lengths: Real tokens of each row, int64 [B] on the CPU.
         padded: Whether any row is shorter than T.
-        seen: Where tokens are, bool [B, T] on the CPU; an empty row's first position too. None: not known yet.
+        seen: Where tokens are, bool [B, 1, 1, T] on the CPU; an empty row's first position too. None: not known yet.
     """
 
     hidden: Tensor
@@ -85,7 +85,7 @@ def pad_rows(
             slot.count, slot.rows = len(chosen), numbers.data_ptr()
         count += slot.count
     hidden = torch.empty((count, tokens, first.shape[2]), dtype=first.dtype)
-    own, seen = torch.empty(count, dtype=torch.int64), torch.empty((count, tokens), dtype=torch.bool)
+    own, seen = torch.empty(count, dtype=torch.int64), torch.empty((count, 1, 1, tokens), dtype=torch.bool)
     places = hidden.data_ptr(), own.data_ptr(), seen.data_ptr()
     shortest = gather(len(sources), from_, tokens, unit, *places)
     if shortest == -2:
