@@ -115,7 +115,7 @@ def run_instances(
         raise ValueError("run_instances needs at least one instance")
     answers = Answers(len(instances))
     with evaluating(model), torch.inference_mode():
-        for left in leaving(model, instances, criterion, batch_size, pooled):
+        for left in stream_answers(model, instances, criterion, batch_size, pooled):
             answers.put(left)
             if progress is not None:
                 progress.update(answers.done)
@@ -152,7 +152,7 @@ class Answers:
         return EngineOutput(torch.from_numpy(self._logits), torch.from_numpy(self._exit_layer))
 
 
-def leaving(
+def stream_answers(
     model: LayeredModel, instances: Instances, criterion: Criterion, batch_size: int, pooled: bool = True
 ) -> Iterator[Left]:
     """Rows as they leave, numbered by their place among the instances: what :func:`run_instances` collects.

@@ -36,7 +36,7 @@ from rl_exit.data.batching import length_sorted_batches
 from rl_exit.data.instances import Instances
 from rl_exit.errors import ConfigError, DataError
 from rl_exit.evaluation import log_odds
-from rl_exit.inference import Answers, evaluating, leaving
+from rl_exit.inference import Answers, evaluating, stream_answers
 from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.progress import Progress
 from rl_exit.turns import Pass, in_turn, ratio
@@ -205,11 +205,14 @@ class Clocked:
 def engine_pass(
     model: EarlyExitModel, instances: Instances, rule: Criterion, batch_size: int, pooled: bool = True
 ) -> Pass:
-    """A run of the engine that can be timed in turn with others (:mod:`rl_exit.turns`)."""
+    """A run of the engine that can be timed in turn with others (:mod:`rl_exit.turns`).
+
+    It runs in evaluation mode and under ``torch.inference_mode()``, which are the caller's to set.
+    """
 
     def start() -> Iterator[int]:
         answers = Answers(len(instances))
-        for left in leaving(model, instances, rule, batch_size, pooled):
+        for left in stream_answers(model, instances, rule, batch_size, pooled):
             answers.put(left)
             yield answers.done
 

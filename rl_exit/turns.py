@@ -50,12 +50,15 @@ def in_turn(
         slices: Parts of a pass, at most N; a part ends when at least its share of the rows is done.
         seed: Of the order in which passes take their turn.
         after_round: Told the number of rounds done, the first one included.
+
+    Raises:
+        RuntimeError: A pass has ended before its last row.
     """
     rng, names = np.random.default_rng(seed), list(passes)
     slices = min(slices, total)
     taken = {name: np.zeros((2, rounds, slices)) for name in names}
     for number in range(1 + rounds):
-        running = {name: _Running(passes[name]()) for name in names}
+        running = {name: _Running(passes[name](), total) for name in names}
         for part in range(slices):
             goal = total * (part + 1) // slices if part < slices - 1 else None
             for place in rng.permutation(len(names)):
@@ -77,8 +80,8 @@ def ratio(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> flo
 class _Running:
     """A pass on its way."""
 
-    def __init__(self, rows: Iterator[int]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Iterator[int], total: int) -> None:
+        self._rows, self._total = rows, total
         self._done = 0
 
     def advance(self, goal: int | None) -> None:
@@ -86,5 +89,7 @@ class _Running:
         while goal is None or self._done < goal:
             done = next(self._rows, None)
             if done is None:
-                return
+                break
             self._done = done
+        if goal is None and self._done != self._total:
+            raise RuntimeError(f"a pass has ended after {self._done} of {self._total} rows")

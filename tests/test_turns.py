@@ -24,8 +24,12 @@ class World:
             self.now, self.stop = self.now + 100.0, None
         self.now += seconds * (1.0 + self.slower * self.now)
 
-    def one(self, name: str, seconds: float, rows: int = 64, step: int = 1, after: float = 0.0):
+    def one(self, name: str, seconds: float, rows: int = 64, step: int = 1, after: float = 0.0, cold: float = 0.0):
+        """A pass; ``cold``: what its first start costs beside."""
+        extra = [cold]
+
         def start() -> Iterator[int]:
+            self.work(extra.pop() if extra else 0.0)
             for done in range(step, rows + 1, step):
                 self.calls.append((name, done))
                 self.work(seconds * step)
@@ -59,6 +63,14 @@ def test_every_row_and_what_comes_after_the_last_counts(monkeypatch):
     assert took.wall["one"].shape == (2, 5)
     assert took.wall["one"].sum(1).tolist() == [67.0, 67.0] and took.wall["eight"].sum(1).tolist() == [64.0, 64.0]
     assert sum(name == "one" for name, _ in world.calls) == 3 * 64, "one round more, which is not counted"
+    cold = in_turn({"a": world.one("a", 1.0, cold=1000.0), "b": world.one("b", 1.0)}, 64, rounds=1)
+    assert cold.wall["a"].sum() == cold.wall["b"].sum() == 64.0, "the first round is the one that is not counted"
+
+
+def test_a_pass_that_ends_early_is_no_pass(monkeypatch):
+    world = World(monkeypatch)
+    with pytest.raises(RuntimeError, match="ended after 32 of 64"):
+        in_turn({"half": world.one("half", 1.0, rows=32)}, 64, rounds=1)
 
 
 def test_a_slice_that_is_done_already_does_nothing(monkeypatch):

@@ -138,7 +138,12 @@ class LayerView:
 
 
 class Criterion(Protocol):
-    """When to leave. Instances are stateless: all memory of a batch is in its carry."""
+    """When to leave. Instances are stateless: all memory of a batch is in its carry.
+
+    Two methods are asked where a criterion has them: ``answer(layer, view, carry)``, what is answered for rows that
+    leave, logits [B, C], in place of the exit's; and ``leaving(layer, view, carry)``, a :class:`Parted` or None, in
+    place of ``leave`` by an engine that wants row numbers on the CPU.
+    """
 
     @property
     def name(self) -> str:

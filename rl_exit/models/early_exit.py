@@ -507,12 +507,7 @@ class EarlyExitModel(PreTrainedModel):
     def _leaving(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> Parted | None:
         """Who has log-odds above the cut; None: nobody."""
         decision = self._decide(view, carry, state, cut)
-        if decision is None:
-            return parted(self._exit_logit(view, carry, state).float() > cut)
-        if not decision.leaving:
-            return None
-        order = decision.order.numpy()
-        return Parted(order[: decision.leaving], order[decision.leaving :])
+        return parted(self._exit_logit(view, carry, state).float() > cut) if decision is None else decision.apart
 
     def _decide(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> Decision | None:
         """The decision in compiled code, which knows the answers too; None where it cannot be had."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rl_exit.criteria.base import Parted
 from rl_exit.models.answer_heads import AnswerHeads
 from rl_exit.models.backbones import StepState
 from rl_exit.models.exits import ExitHeads
@@ -42,14 +43,12 @@ class Decision(NamedTuple):
     Attributes:
         answers: float32 [B, C], logits of what each row would answer here.
         odds: float32 [B], log-odds of Exit.
-        order: int64 [B], the rows whose odds exceed the cut, then the others, each in their order.
-        leaving: How many leave.
+        apart: Whose odds exceed the cut, and who stays; None: nobody's do.
     """
 
     answers: Tensor
     odds: Tensor
-    order: Tensor
-    leaving: int
+    apart: Parted | None
 
 
 class NativeExits:
@@ -136,8 +135,9 @@ class NativeExits:
             if not memory.is_contiguous():
                 memory = memory.contiguous()
             before = memory.data_ptr()
-        after, answers = torch.empty((rows, self._kept)), torch.empty((rows, self._classes))
-        odds, order = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        after, answers = torch.empty((rows, self._kept), **like), torch.empty((rows, self._classes), **like)
+        odds, order = torch.empty(rows, **like), torch.empty(rows, dtype=torch.int64, device="cpu")
         leaving = self._decide(
             self._pointer,
             layer,
@@ -155,7 +155,10 @@ class NativeExits:
         if leaving < 0:
             raise MemoryError(f"no memory for an exit decision on {rows} rows")
         carry[KEY] = after
-        return Decision(answers, odds, order, leaving)
+        if not leaving:
+            return Decision(answers, odds, None)
+        numbers = order.numpy()
+        return Decision(answers, odds, Parted(numbers[:leaving], numbers[leaving:]))
 
 
 def _places(exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> list[tuple[Any, str]]:

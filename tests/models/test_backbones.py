@@ -278,6 +278,8 @@ def test_row_numbers_that_compiled_code_could_not_trust_are_refused() -> None:
                 join_states([state], [np.array(none_such)], longest)
     with pytest.raises(ValueError, match="more than 2 tokens"):
         join_states([state], [np.array([0, 1])], 2)
+    with pytest.raises(ValueError, match="at most 12"):
+        join_states([state], [np.array([0, 1])], 13)
     every_second = np.arange(state.batch_size)[::2]  # not contiguous
     found = join_states([state], [every_second])
     expected = state.hidden[every_second.tolist(), : found.length]

@@ -21,8 +21,8 @@ from transformers import (
 
 from rl_exit import native
 from rl_exit.data.instances import Instances
+from rl_exit.models.backbones import SteppedBackbone, step_backbone
 from rl_exit.models.backbones import embeddings as subject
-from rl_exit.models.backbones import step_backbone
 from rl_exit.models.backbones.embeddings import Ragged
 from rl_exit.stepping import enter, enter_instances
 
@@ -108,11 +108,34 @@ def test_weights_that_change_are_followed():
     agree()
     parts.word_embeddings = nn.Embedding(60, 36).eval()
     agree()
-    parts.position_embeddings.weight.data = torch.randn(13, 36)  # fewer than the module says
+    weight = parts.position_embeddings.weight
+    weight.data = torch.randn(13, 36)  # fewer than the module says
+    agree()
+    weight.data = weight.data[:5]  # the same place, fewer still
+    with pytest.raises(IndexError, match="5 positions"):
+        backbone.begin_rows(rows)
+    weight.data = torch.randn(20, 36).t().contiguous().t()
+    assert backbone.begin_rows(rows) is None, "not contiguous"
+    weight.data = weight.data.contiguous()
     agree()
     other = copy.deepcopy(backbone)
+    before = backbone.begin_rows(rows).hidden
     other.model.embeddings.word_embeddings.weight.normal_()
-    agree()
+    expected = other.begin(**instances.batch([0])).hidden
+    torch.testing.assert_close(other.begin_rows(rows).hidden, expected, atol=2e-6, rtol=2e-6)
+    assert torch.equal(backbone.begin_rows(rows).hidden, before) and not torch.equal(before, expected)
+
+
+@torch.inference_mode()
+def test_another_default_type_changes_nothing():
+    backbone, rows = backbone_of(), rows_of(instances_of())
+    expected = backbone.begin_rows(rows).hidden
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = backbone.begin_rows(rows).hidden
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def _hook(parts):
@@ -147,17 +170,51 @@ def _light(parts):
     parts.word_embeddings.to(torch.bfloat16)
 
 
+def _dropout_and_more(parts):
+    parts.dropout = nn.Sequential(nn.Dropout(), nn.Linear(36, 36)).eval()
+
+
 def _add(parts):
     parts.extra = nn.Linear(2, 2)
 
 
-@pytest.mark.parametrize("change", [_hook, _hook_before, _adapt, _patch, _dropout_alone, _bound, _light, _add])
+CHANGES = (_hook, _hook_before, _adapt, _patch, _dropout_alone, _dropout_and_more, _bound, _light, _add)
+
+
+@pytest.mark.parametrize("kind", [BertConfig, RobertaConfig])
+@pytest.mark.parametrize("change", CHANGES)
 @torch.inference_mode()
-def test_what_was_changed_runs_as_modules(change):
+def test_what_was_changed_runs_as_modules(change, kind):
+    backbone, instances = backbone_of(kind), instances_of()
+    parts, rows, batch = backbone.model.embeddings, rows_of(instances, [0]), instances.batch([0])
+    assert backbone.begin_rows(rows) is not None
+    change(parts)
+    if change is _bound:
+        parts.word_embeddings.eval()
+    assert backbone.begin_rows(rows) is None
+    torch.manual_seed(0)
+    expected = parts(input_ids=batch["input_ids"], token_type_ids=batch["token_type_ids"])
+    torch.manual_seed(0)
+    torch.testing.assert_close(backbone.begin(**batch).hidden, expected, atol=2e-6, rtol=2e-6)
+
+
+@torch.inference_mode()
+def test_a_bound_that_is_set_later_counts():
     backbone, rows = backbone_of(), rows_of(instances_of())
     assert backbone.begin_rows(rows) is not None
-    change(backbone.model.embeddings)
+    backbone.model.embeddings.word_embeddings.max_norm = 1.0
     assert backbone.begin_rows(rows) is None
+
+
+@torch.inference_mode()
+def test_a_backbone_that_begins_otherwise_is_asked():
+    class Other(SteppedBackbone):
+        def begin(self, *args, **words):
+            return super().begin(*args, **words)
+
+    backbone = backbone_of()
+    other = Other(backbone.model, backbone._family)
+    assert other.begin_rows(rows_of(instances_of())) is None
 
 
 @torch.inference_mode()
@@ -199,7 +256,8 @@ def test_instances_enter_as_their_batch_does(monkeypatch):
     for given in (instances, gaps):
         found = enter_instances(Model, given, Rule(), rows)
         assert found.layer == 0 and found.rows.tolist() == rows.tolist() and len(found.carry["memory"]) == 3
-        torch.testing.assert_close(found.state.hidden[0], expected.state.hidden[0], atol=2e-6, rtol=2e-6)
+        for mine, theirs, length in zip(found.state.hidden, expected.state.hidden, (12, 7, 3), strict=True):
+            torch.testing.assert_close(mine[:length], theirs[:length], atol=2e-6, rtol=2e-6)
     for wrong, error in (([4], IndexError), ([-1], IndexError), ([], ValueError)):
         with pytest.raises(error):
             enter_instances(Model, instances, Rule(), np.array(wrong, dtype=np.int64))

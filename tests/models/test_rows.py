@@ -19,7 +19,7 @@ def batches() -> list[torch.Tensor]:
 
 CHOSEN = (np.array([2, 0]), None, np.array([], dtype=np.int64), np.array([1]))
 LENGTHS = [torch.tensor(real) for real in ([8, 1, 5, 2], [3], [9, 9, 9], [1, 7])]  # of all rows of each batch
-OWN = [5, 8, 3, 7]
+OWN = [5, 8, 3, 7]  # of the rows chosen
 TOKENS = 8
 
 
@@ -42,9 +42,23 @@ def test_each_row_is_there_up_to_its_length(compiled, dtype, monkeypatch):
         assert torch.equal(row[:length], whole[:length])
     assert found[2, 3:].eq(0).all(), "beyond a batch's own padding there are zeros"
     if compiled:
-        assert made.seen is not None and torch.equal(made.seen[:, 0, 0], torch.arange(TOKENS) < torch.tensor(OWN)[:, None])
+        assert made.seen is not None and torch.equal(
+            made.seen[:, 0, 0], torch.arange(TOKENS) < torch.tensor(OWN)[:, None]
+        )
     found.fill_(7.0)
     assert all(torch.equal(a, b) for a, b in zip(sources, before, strict=True)), "the result has memory of its own"
+
+
+@torch.inference_mode()
+def test_an_empty_row_is_seen_at_its_first_position():
+    one = torch.randn(2, 3, 4)
+    found = pad_rows([one], [torch.tensor([0, 2])], [None], 2)
+    assert torch.equal(found.hidden[0, 0], one[0, 0])
+    assert found.lengths.tolist() == [0, 2] and found.padded
+    if native.library(subject.SOURCE) is not None:
+        assert found.seen[:, 0, 0].tolist() == [[True, False], [True, True]]
+    nothing = pad_rows([torch.zeros(1, 0, 4), one], [torch.tensor([0]), torch.tensor([0, 2])], [None, None], 2)
+    assert nothing.hidden.shape == (3, 2, 4) and nothing.hidden[0].eq(0).all()
 
 
 def test_it_is_differentiable():

@@ -141,7 +141,7 @@ def join_states(
         its rows are wanted and none of its columns is padding alone.
 
     Raises:
-        ValueError: No states, or of different backbones, or rows of another type.
+        ValueError: No states, or of different backbones, or rows of another type, or `longest` is not theirs.
         IndexError: A row below 0 or beyond its batch.
     """
     if not states or any(state.backbone is not states[0].backbone for state in states):
@@ -156,6 +156,8 @@ def join_states(
         kept = [real if some is None else real[some] for real, some in zip(lengths, chosen, strict=True)]
         longest = max((int(real.max()) for real in kept if len(real)), default=0)
     keep = max(longest, 1) if count else widest.length
+    if keep > max(widest.length, 1):
+        raise ValueError(f"longest = {longest}; accepted: at most {widest.length}, the padded length of these batches")
     if len(states) == 1 and chosen[0] is None and widest.length == keep:
         made = Padded(widest.hidden, widest.lengths, widest.padded, None)
     else:
@@ -207,7 +209,7 @@ class Family:
         reaches: ``(config, L)`` to the largest distance that each layer sees, None for no limit.
         blocks: The layers in parts, for generation; None where a family generates no text.
         embed_rows: ``(model, rows, T)`` to what ``embed`` gives of the same rows, or None where it cannot be had so;
-            None: in no case (:mod:`.embeddings`).
+            None: in no case (:mod:`.embeddings`). Whoever replaces ``embed`` replaces it too.
         packs: Whether layers read nothing but states and mask, and every token sees its whole row: then rows can run
             end to end, without padding (:meth:`SteppedBackbone.step`).
         objection: ``(config)`` to why a model of this configuration cannot be run exactly; None if it can.
@@ -316,7 +318,7 @@ class SteppedBackbone(nn.Module):
         )
 
     def begin_rows(self, rows: Ragged) -> StepState | None:
-        """As :meth:`begin`, of rows of tokens as they lie in memory, for a CPU; what stands at padding is 0.
+        """As :meth:`begin`, of rows of tokens as they lie in memory, for a CPU.
 
         Args:
             rows: B >= 1 rows.
@@ -328,8 +330,9 @@ class SteppedBackbone(nn.Module):
             IndexError: A token, segment or position that the embeddings do not know.
         """
         embed, count = self._family.embed_rows, len(rows.lengths)
-        if embed is None:
+        if embed is None or type(self).begin is not SteppedBackbone.begin:
             return None
+        # One row is the usual case of a single text, and numpy's reductions are dear beside one number.
         shortest, longest = (rows.lengths[0],) * 2 if count == 1 else (rows.lengths.min(), rows.lengths.max())
         length = max(int(longest), 1)
         hidden = embed(self.model, rows, length)
@@ -388,12 +391,14 @@ class SteppedBackbone(nn.Module):
 
     def _masks_padding_alone(self) -> bool:
         """What ``boolean_mask`` says."""
+        if not self._has_no_order:
+            return False
         config: Any = self._modules["model"].config  # type: ignore[union-attr]
         # Asked at every step: past transformers' own way to it, which is dear, where that is known.
         name = config.__dict__.get("_attn_implementation_internal")
         if name not in ATTENTIONS:
             name = attention_of(config)
-        return self._has_no_order and name != "eager"
+        return name != "eager"
 
     def layer_modules(self) -> nn.ModuleList:
         """Return the list of the L layers inside the model.

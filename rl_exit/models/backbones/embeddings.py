@@ -29,6 +29,7 @@ KINDS = {
     **dict.fromkeys(("RobertaEmbeddings", "XLMRobertaEmbeddings", "CamembertEmbeddings"), True),
 }
 """Classes of transformers by name, and whether their positions count as RoBERTa's do."""
+PARTS = ("word_embeddings", "token_type_embeddings", "position_embeddings", "LayerNorm", "dropout")
 
 
 class Ragged(NamedTuple):
@@ -58,10 +59,10 @@ class _Tables(ctypes.Structure):
 
 
 class _Found(NamedTuple):
-    """Tables as compiled code reads them, and the weights that they point to."""
+    """Tables as compiled code reads them, and the weights that they were made of."""
 
     weights: Sequence[Tensor]
-    addresses: Sequence[int]
+    held: Sequence[Tensor]  # storage of its own name: an address says nothing where what lay there may have been freed
     tables: _Tables
 
 
@@ -87,7 +88,7 @@ def embed_rows(embeddings: Any, ragged: Ragged, tokens: int) -> Tensor | None:
     if found is None:
         return None
     tables, given = found.tables, ragged.segments
-    out = torch.empty((len(ragged.lengths), tokens, tables.size))
+    out = torch.empty((len(ragged.lengths), tokens, tables.size), dtype=torch.float32, device="cpu")
     failed = embed(
         ctypes.addressof(tables),
         len(ragged.lengths),
@@ -107,40 +108,60 @@ def embed_rows(embeddings: Any, ragged: Ragged, tokens: int) -> Tensor | None:
     return out
 
 
+def plain(embeddings: Any) -> bool:
+    """Whether calling embeddings of transformers is words, segments, positions and norm, and nothing else."""
+    known = type(embeddings)
+    if known.__name__ not in KINDS or not known.__module__.startswith("transformers.models."):
+        return False
+    parts = embeddings._modules
+    if len(parts) != len(PARTS) or any(_watched(part) for part in (embeddings, *parts.values())):
+        return False
+    tables = [parts.get(name) for name in PARTS[:3]]
+    return (
+        all(type(table) is nn.Embedding and table.max_norm is None for table in tables)
+        and type(parts.get("LayerNorm")) is nn.LayerNorm
+        and type(parts.get("dropout")) is nn.Dropout
+    )
+
+
 _known: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 
 
 def _tables_of(embeddings: Any) -> _Found | None:
-    """What is read of a module; None where its function is another, or does more than read."""
-    counts = KINDS.get(type(embeddings).__name__)
-    if counts is None or not type(embeddings).__module__.startswith("transformers.models."):
+    """What is read of a module; None where its function is another, or its weights are of another form."""
+    if not plain(embeddings):
         return None
-    parts = embeddings._modules
-    words, segments, positions = (parts[f"{name}_embeddings"] for name in ("word", "token_type", "position"))
-    norm, lookups = parts["LayerNorm"], (words, segments, positions)
-    if type(norm) is not nn.LayerNorm or not all(type(table) is nn.Embedding for table in lookups):
-        return None
-    if len(parts) > 5 or any(_watched(part) for part in (embeddings, *parts.values())):
-        return None
-    weights = [part._parameters.get("weight") for part in (*lookups, norm)] + [norm._parameters.get("bias")]
+    *tables, norm = (embeddings._modules[name] for name in PARTS[:4])
+    weights = [part._parameters.get("weight") for part in (*tables, norm)] + [norm._parameters.get("bias")]
+    counted = embeddings.padding_idx if KINDS[type(embeddings).__name__] else -1
     known = _known.get(embeddings)
-    if known is not None and known.tables.eps == norm.eps:
-        now = zip(known.weights, weights, known.addresses, strict=True)
-        if all(mine is theirs and mine.data_ptr() == at for mine, theirs, at in now):
+    if known is not None and known.tables.eps == norm.eps and known.tables.counted == counted:
+        now = zip(known.weights, weights, known.held, strict=True)
+        if all(mine is theirs and _same(mine, held) for mine, theirs, held in now):
             return known
-    if any(table.max_norm is not None for table in lookups):
-        return None
-    if not all(w is not None and w.dtype == torch.float32 and w.is_cpu and w.is_contiguous() for w in weights):
+    if not all(type(w) in (Tensor, nn.Parameter) and w.dtype == torch.float32 and w.is_cpu for w in weights):
         return None
     there = cast(list[Tensor], weights)
     size = there[0].shape[1]
-    if any(weight.shape[-1] != size for weight in there) or there[3].ndim != 1:
+    if any(weight.shape[-1] != size or not weight.is_contiguous() for weight in there) or there[3].ndim != 1:
         return None
-    sizes = (*(weight.shape[0] for weight in there[:3]), size)
-    addresses = [weight.data_ptr() for weight in there]
-    tables = _Tables(*sizes, embeddings.padding_idx if counts else -1, *addresses, norm.eps)
-    found = _known[embeddings] = _Found(there, addresses, tables)
+    sizes = (*(weight.shape[0] for weight in there[:3]), size, counted)
+    found = _known[embeddings] = _Found(
+        there,
+        [weight.detach() for weight in there],
+        _Tables(*sizes, *(weight.data_ptr() for weight in there), norm.eps),
+    )
     return found
+
+
+def _same(now: Tensor, held: Tensor) -> bool:
+    """Whether a weight still lies where it lay, in the same form."""
+    return (
+        now.data_ptr() == held.data_ptr()
+        and now.shape == held.shape
+        and now.dtype == held.dtype
+        and now.is_contiguous()
+    )
 
 
 def _watched(part: Any) -> bool:

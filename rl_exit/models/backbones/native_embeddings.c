@@ -11,8 +11,8 @@
 
 typedef struct {
     int64_t words, segments, positions, size;  /* rows of each table, and H */
-    int64_t counted;                           /* -1: positions count from 0; else as RoBERTa's: this token is not
-                                                  counted and has this position, the others follow from the next on */
+    int64_t counted; /* -1: positions count from 0; else as RoBERTa's: this token has this position, and the others
+                        are counted from the next on */
     const float *word, *segment, *position;    /* [., H] */
     const float *weight, *bias;                /* [H], of the norm */
     double eps;
@@ -22,7 +22,8 @@ typedef struct {
 static int embed(const Tables *m, int64_t word, int64_t segment, int64_t position, float *restrict out)
 {
     const int64_t size = m->size;
-    if (word < 0 || word >= m->words || segment < 0 || segment >= m->segments || position < 0 || position >= m->positions)
+    if (word < 0 || word >= m->words || segment < 0 || segment >= m->segments || position < 0 ||
+        position >= m->positions)
         return -1;
     const float *w = m->word + word * size, *s = m->segment + segment * size, *p = m->position + position * size;
     float sums[LANES] = {0}, squares[LANES] = {0};
@@ -56,14 +57,17 @@ static int embed(const Tables *m, int64_t word, int64_t segment, int64_t positio
     return 0;
 }
 
-/* out [rows,tokens,H]: of each row the tokens ids[starts[r] ...], lengths[r] <= tokens of them, then zeros. segments may be NULL: all 0. A row without tokens begins with `padding`. Returns 0, or -1 where a token,
- * segment or position is outside its table. */
+/* out [rows,tokens,H]: of each row the tokens ids[starts[r] ...], 0 <= lengths[r] <= tokens of them, then zeros.
+ * segments may be NULL: all 0. A row without tokens begins with `padding`. Returns 0, or -1 where a token, segment or
+ * position is outside its table, or a length out of range. */
 int64_t rl_exit_embed(const Tables *m, int64_t rows, const int64_t *starts, const int64_t *lengths, int64_t tokens,
                       const int32_t *ids, const int8_t *segments, int32_t padding, float *out)
 {
     for (int64_t r = 0; r < rows; r++, out += tokens * m->size) {
         const int64_t length = lengths[r], real = length > 0 ? length : 1;
         int64_t next = m->counted + 1;
+        if (length < 0 || real > tokens)
+            return -1;
         for (int64_t t = 0; t < real; t++) {
             const int64_t at = starts[r] + t;
             const int64_t word = length ? ids[at] : padding, segment = length && segments ? segments[at] : 0;

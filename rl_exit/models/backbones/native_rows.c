@@ -16,8 +16,7 @@ typedef struct {
 
 /* Of B rows, the sum of the counts: to [B,tokens,unit] bytes, the real units of each row, then 0; lengths [B]; and seen
  * [B,tokens], 1 at real tokens. A row without tokens keeps its first position, and is seen there. Returns the shortest
- * length, -1 where a row has more than `tokens`, -2 where
- * there is no such row. */
+ * length, -1 where a row has more than `tokens`, -2 where there is no such row. */
 int64_t rl_exit_gather(int64_t sources, const Source *from, int64_t tokens, int64_t unit, char *to, int64_t *lengths,
                        uint8_t *seen)
 {
@@ -31,8 +30,9 @@ int64_t rl_exit_gather(int64_t sources, const Source *from, int64_t tokens, int6
             const int64_t length = s->lengths[row], real = length > 0 ? length : 1;
             if (real > tokens)
                 return -1;
-            memcpy(to, s->memory + row * s->length * unit, (size_t)(real * unit));
-            memset(to + real * unit, 0, whole - (size_t)(real * unit));
+            const size_t there = (size_t)((real < s->length ? real : s->length) * unit);
+            memcpy(to, s->memory + row * s->length * unit, there);
+            memset(to + there, 0, whole - there);
             memset(seen, 1, (size_t)real);
             memset(seen + real, 0, (size_t)(tokens - real));
             *lengths++ = length;

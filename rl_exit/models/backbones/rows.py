@@ -35,7 +35,7 @@ class Padded(NamedTuple):
     """Rows put together.
 
     Attributes:
-        hidden: [B, T, H], new memory.
+        hidden: [B, T, H].
         lengths: Real tokens of each row, int64 [B] on the CPU.
         padded: Whether any row is shorter than T.
         seen: Where tokens are, bool [B, 1, 1, T] on the CPU; an empty row's first position too. None: not known yet.
@@ -50,7 +50,7 @@ class Padded(NamedTuple):
 def pad_rows(
     sources: Sequence[Tensor], lengths: Sequence[Tensor], rows: Sequence[Indices | None], tokens: int
 ) -> Padded:
-    """Some rows of some batches, in their order, each cut or filled up to ``tokens``.
+    """Some rows of some batches, in their order, each cut or filled up to ``tokens``, in new memory.
 
     Args:
         sources: Batches [B_i, T_i, H] of one device.
@@ -84,8 +84,9 @@ def pad_rows(
             held.append(numbers)
             slot.count, slot.rows = len(chosen), numbers.data_ptr()
         count += slot.count
-    hidden = torch.empty((count, tokens, first.shape[2]), dtype=first.dtype)
-    own, seen = torch.empty(count, dtype=torch.int64), torch.empty((count, 1, 1, tokens), dtype=torch.bool)
+    hidden = torch.empty((count, tokens, first.shape[2]), dtype=first.dtype, device="cpu")
+    own = torch.empty(count, dtype=torch.int64, device="cpu")
+    seen = torch.empty((count, 1, 1, tokens), dtype=torch.bool, device="cpu")
     places = hidden.data_ptr(), own.data_ptr(), seen.data_ptr()
     shortest = gather(len(sources), from_, tokens, unit, *places)
     if shortest == -2:
@@ -100,13 +101,14 @@ def _padded_by_torch(
 ) -> Padded:
     parts, counts = [], []
     for source, real, chosen in zip(sources, lengths, rows, strict=True):
+        # First on the CPU: a row that there is not would leave a GPU unusable.
+        counts.append(real if chosen is None else real.index_select(0, torch.from_numpy(chosen)))
         part = source[:, :tokens]
         if chosen is not None:
             part = part.index_select(0, torch.from_numpy(chosen).to(source.device))
         if part.shape[1] < tokens:
             part = torch.nn.functional.pad(part, (0, 0, 0, tokens - part.shape[1]))
         parts.append(part)
-        counts.append(real if chosen is None else real.index_select(0, torch.from_numpy(chosen)))
     hidden = torch.cat(parts) if len(parts) > 1 else parts[0].clone() if rows[0] is None else parts[0]
     own = torch.cat(counts)
     if len(own) and int(own.max()) > tokens:
