@@ -119,7 +119,7 @@ def _measure(
     rows = {}
     with display.step(f"{name}: engine", len(sizes) * (1 + rounds)) as progress:
         for number, size in enumerate(sizes):
-            clock = Clocked(model, instances.take(first), size, rounds=rounds)
+            clock = Clocked(model, instances.take(first), size)
             rule = criterion("consistentee")
             point = point_by_speed([rule], evidence.select(first), costs, speedup, size, clock)
             threshold = float(point.params["threshold"])

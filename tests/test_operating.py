@@ -99,7 +99,7 @@ def test_the_clock_runs_some_texts_of_all_lengths_both_ways(monkeypatch):
     monkeypatch.setattr(operating, "engine_pass", engine_pass)
     monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
     model = SimpleNamespace(num_layers=LAYERS, training=False, train=lambda mode: None)
-    clock = Clocked(model, Texts(), 4, texts=5, rounds=3)
+    clock = Clocked(model, Texts(), 4, texts=5, batches=4, rounds=3)
     left = np.where(Texts.lengths > 50, 4, 2)
     found = clock.bias(POLICY, even_costs(), left)
     some = ran[0][1]
