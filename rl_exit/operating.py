@@ -45,8 +45,10 @@ CANDIDATES = 2000
 GRID = 161
 CLOCKED_TEXTS = 256
 CLOCKED_BATCHES = 128
-"""At most: at the end of a file survivors run in batches that are not full, which weighs on a few (measured on
-StackOverflow at batch size 8: 4 % of the speed-up in 32 batches, 2.5 % in 64)."""
+"""Where that many can be had: at the end of a file survivors run in batches that are not full, which weighs on a few
+(measured on StackOverflow at batch size 8: 4 % less speed-up in 32 batches than in 125, 2.5 % less in 64)."""
+CLOCKED_SECONDS = 10.0
+"""That a pass at full depth may take by the cost model, before more than ``CLOCKED_TEXTS`` or four batches run."""
 CLOCKED_ROUNDS = 3
 CORRECTIONS = 2
 CLOSE = 0.05
@@ -180,8 +182,9 @@ class Clocked:
         model: The model.
         instances: The calibration texts, in the order of the evidence.
         batch_size: Texts that run together.
-        texts: How many are timed, spread evenly over the lengths, or ``batches`` if those are more.
-        batches: See there.
+        texts: How many are timed at least, or four batches, spread evenly over the lengths.
+        batches: How many batches are timed, if those are more texts and a pass at full depth takes no more than
+            ``CLOCKED_SECONDS``.
         rounds: Passes of each, a slice of either in turn, after one that is not counted.
     """
 
@@ -196,7 +199,9 @@ class Clocked:
         """Measured over predicted speed-up of a criterion; its texts leave at the given layers, [N]."""
         lengths = np.asarray(self.instances.lengths)
         order = np.argsort(lengths, kind="stable")
-        count = min(max(self.texts, self.batches * self.batch_size), len(order))
+        affordable = int(CLOCKED_SECONDS / float(costs.full_depth(self.batch_size, lengths).mean()))
+        more = min(self.batches * self.batch_size, affordable)
+        count = min(max(self.texts, 4 * self.batch_size, more), len(order))
         rows = order[np.linspace(0, len(order) - 1, count).astype(np.int64)]
         some, full = self.instances.take(rows), Fixed(self.model.num_layers)
         passes = {"full": engine_pass(self.model, some, full, self.batch_size)}

@@ -14,9 +14,9 @@ from rl_exit.criteria.base import Criterion
 from rl_exit.stepping import LayeredModel, Left, Survivors, advance, join
 
 ENOUGH_TOKENS = 256
-"""On a CPU a layer runs at full speed from about so many tokens on (measured on MiniLM: 80 microseconds a token below 32
-tokens, 52 around 112, 49 around 144, 47 from 224 on), so a group of as many gains nothing by waiting, and would only be
-padded."""
+"""On a CPU a layer runs at full speed from about so many tokens on (measured on MiniLM: 80 microseconds a token below
+32 tokens, 52 around 112, 49 around 144, 47 from 224 on), so a group of as many gains nothing by waiting, and would only
+be padded."""
 
 
 class DepthPool:

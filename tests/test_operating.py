@@ -77,7 +77,8 @@ def test_the_clock_corrects_what_the_costs_predict():
     assert alone.clocked is None and point.params["threshold"] < alone.params["threshold"]
 
 
-def test_the_clock_runs_some_texts_of_all_lengths_both_ways(monkeypatch):
+@pytest.mark.parametrize(("batches", "allowed", "count"), [(4, 1e9, 16), (20, 1e9, 80), (20, 0.0, 16), (90, 1e9, 100)])
+def test_the_clock_runs_some_texts_of_all_lengths_both_ways(batches, allowed, count, monkeypatch):
     """A clock that the passes themselves set: a text takes 3 s at full depth, 2 s by the rule."""
     now, ran = [0.0], []
 
@@ -97,16 +98,17 @@ def test_the_clock_runs_some_texts_of_all_lengths_both_ways(monkeypatch):
             return self.lengths[rows].tolist()
 
     monkeypatch.setattr(operating, "engine_pass", engine_pass)
+    monkeypatch.setattr(operating, "CLOCKED_SECONDS", allowed)
     monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
     model = SimpleNamespace(num_layers=LAYERS, training=False, train=lambda mode: None)
-    clock = Clocked(model, Texts(), 4, texts=5, batches=4, rounds=3)
+    clock = Clocked(model, Texts(), 4, texts=5, batches=batches, rounds=3)
     left = np.where(Texts.lengths > 50, 4, 2)
     found = clock.bias(POLICY, even_costs(), left)
     some = ran[0][1]
     assert len(ran) == 8 and {name for name, *_ in ran} == {"fixed", "consistentee"} and ran[0][2] == 4
-    assert len(some) == 16 and some[0] == 0 and some[-1] == 99 and some == sorted(some), "four batches, evenly spread"
+    assert len(some) == count and some[0] == 0 and some[-1] == 99 and some == sorted(some), "evenly spread"
     layers = np.where(np.array(some) > 50, 4, 2)
-    assert found == pytest.approx(1.5 / (LAYERS * 16 / layers.sum()))
+    assert found == pytest.approx(1.5 / (LAYERS * count / layers.sum()))
 
 
 def test_what_the_policy_itself_answers_counts():
