@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from rl_exit.models.backbones.quick_layer import untouched
 from rl_exit.native import function
 
 SOURCE = Path(__file__).with_name("native_embeddings.c")
@@ -114,7 +115,7 @@ def plain(embeddings: Any) -> bool:
     if known.__name__ not in KINDS or not known.__module__.startswith("transformers.models."):
         return False
     parts = embeddings._modules
-    if len(parts) != len(PARTS) or any(_watched(part) for part in (embeddings, *parts.values())):
+    if len(parts) != len(PARTS) or not all(map(untouched, (embeddings, *parts.values()))):
         return False
     tables = [parts.get(name) for name in PARTS[:3]]
     return (
@@ -162,11 +163,6 @@ def _same(now: Tensor, held: Tensor) -> bool:
         and now.dtype == held.dtype
         and now.is_contiguous()
     )
-
-
-def _watched(part: Any) -> bool:
-    """Whether calling a module does more than its own function, or dropout is on."""
-    return bool(part.training or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
 
 
 def _address(array: npt.NDArray[Any]) -> int:

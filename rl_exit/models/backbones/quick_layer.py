@@ -52,12 +52,12 @@ def quick_layer(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor | Non
     dropouts = own._modules["dropout"], after._modules["dropout"], output._modules["dropout"]
     activation = intermediate._modules.get("intermediate_act_fn")
     if not (
-        all(type(part) is kind and _untouched(part) for part, kind in zip(containers, kinds, strict=True))
-        and all(type(part) is nn.Linear and _untouched(part) and _whole(part) for part in linears)
-        and all(type(part) is nn.LayerNorm and _untouched(part) and _whole(part) for part in norms)
-        and all(type(part) is nn.Dropout and _untouched(part) for part in dropouts)
+        all(type(part) is kind and untouched(part) for part, kind in zip(containers, kinds, strict=True))
+        and all(type(part) is nn.Linear and untouched(part) and _whole(part) for part in linears)
+        and all(type(part) is nn.LayerNorm and untouched(part) and _whole(part) for part in norms)
+        and all(type(part) is nn.Dropout and untouched(part) for part in dropouts)
         and type(activation) is GELUActivation
-        and _untouched(activation)
+        and untouched(activation)
     ):
         return None
     query, key, value, joined, wide, narrow = linears
@@ -75,7 +75,7 @@ def quick_layer(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor | Non
     return _norm(norms[1], _linear(narrow, activation.act(_linear(wide, hidden))) + hidden)
 
 
-def _untouched(part: Any) -> bool:
+def untouched(part: Any) -> bool:
     """Whether calling a module's function passes nothing by that somebody has hung on it."""
     if part.training or part._forward_pre_hooks or "forward" in part.__dict__:
         return False
