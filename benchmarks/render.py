@@ -376,6 +376,29 @@ def inference(results: dict[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n{''.join(promises)}\n{origin}"
 
 
+def on_gpu(results: dict[str, Any]) -> str:
+    """Microseconds a text by batch size, and time saved by layers saved."""
+    header = [
+        "batch size",
+        "full depth",
+        "plain transformers",
+        "exits",
+        "nobody leaves",
+        "layers",
+        "time",
+        "time / layers",
+    ]
+    rows = []
+    for size, row in results["engine"].items():
+        took = {name: 1e6 * seconds / row["texts"] for name, seconds in row["seconds"].items()}
+        each = (f"{took[name]:.0f} us" for name in ("full", "plain", "exits", "never"))
+        figures = (f"{row[key]:.2f}" for key in ("layer_speedup", "speedup", "time_per_layer_speedup"))
+        rows.append([size, *each, *figures])
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    origin = f"`{results['command']}`, {results['date']}: {results['device']}, {versions}, {results['dtype']}"
+    return f"{markdown_table(header, rows)}\n{origin}, {results['model']}.\n"
+
+
 def dial(results: dict[str, Any]) -> str:
     """The dial's curve beside policies trained for one price each."""
     header = ["model, speed", "dial: mean exit layer", "accuracy", "one price: mean exit layer", "accuracy"]
@@ -568,6 +591,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "scaling": ("scaling", scaling),
     "overhead": ("overhead", overhead),
     "inference": ("inference", inference),
+    "gpu": ("engine-gpu", on_gpu),
     "dial": ("dial", dial),
     "serving": ("serving-load", serving),
     "trials": ("serving-*", trials),

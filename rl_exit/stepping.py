@@ -144,7 +144,9 @@ def enter(
         ValueError: The padding is not on the right.
     """
     device = model.device
-    state = model.backbone.begin(**{key: value.to(device) for key, value in batch.items()})
+    # The mask is read on the CPU first; where the batch comes from there, the device need not be asked for it.
+    moved = {key: value if key == "attention_mask" else value.to(device) for key, value in batch.items()}
+    state = model.backbone.begin(**moved)
     count = state.batch_size
     numbers = np.arange(count) if rows is None else np.asarray(rows, dtype=np.int64)
     return Survivors(0, state, criterion.start(count, device), numbers)
@@ -247,8 +249,11 @@ def _of_rows(memories: Sequence[Tensor], kept: Sequence[Indices | None]) -> Tens
     if memories[0].is_cpu and memories[0].dtype in (torch.float32, torch.int64) and not torch.is_grad_enabled():
         arrays = [m.numpy() if some is None else m.numpy()[some] for m, some in zip(memories, kept, strict=True)]
         return torch.from_numpy(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
-    parts = [
-        memory if some is None else memory.index_select(0, torch.from_numpy(some).to(memory.device))
-        for memory, some in zip(memories, kept, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    whole = memories[0] if len(memories) == 1 else torch.cat(list(memories))
+    if all(some is None for some in kept):
+        return whole
+    # One list of numbers for all of them: each would be a journey to the device.
+    starts = np.cumsum([0, *(len(memory) for memory in memories)])
+    each = zip(memories, kept, starts, strict=False)
+    numbers = [start + (np.arange(len(memory)) if some is None else some) for memory, some, start in each]
+    return whole.index_select(0, torch.from_numpy(np.concatenate(numbers)).to(whole.device))

@@ -42,6 +42,7 @@ from rl_exit.models.answers import (
 from rl_exit.models.backbones import StepState, step_backbone
 from rl_exit.models.choices import chosen_rule
 from rl_exit.models.exits import ExitHeads, pool
+from rl_exit.models.gpu_exits import GpuExits
 from rl_exit.models.native_exits import Decision, NativeExits
 from rl_exit.models.policy import PolicyHeads
 from rl_exit.models.quick_policy import QuickPolicy
@@ -210,7 +211,7 @@ class EarlyExitModel(PreTrainedModel):
         self.answer_heads = AnswerHeads(self.num_layers, hidden, config.num_labels) if own else None
         self.tokenizer: Any = None
         self._quick: QuickPolicy | None = None
-        self._native: NativeExits | None = None
+        self._native: NativeExits | GpuExits | None = None
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -512,7 +513,8 @@ class EarlyExitModel(PreTrainedModel):
     def _decide(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> Decision | None:
         """The decision in compiled code, which knows the answers too; None where it cannot be had."""
         hidden = state.hidden
-        if hidden.dtype != torch.float32 or not hidden.is_cpu or self.training or torch.is_grad_enabled():
+        near = hidden.is_cpu
+        if not ((near and hidden.dtype == torch.float32) or hidden.is_cuda) or self.training or torch.is_grad_enabled():
             return None
         native = self._native
         # The configuration is asked where a text begins, and past transformers' own way to it, which is dear.
@@ -524,7 +526,7 @@ class EarlyExitModel(PreTrainedModel):
                 return None
             parts = self.exits, self.answer_heads, None if confident else self.policy
             if native is None or not native.serves(*parts):
-                native = self._native = NativeExits.of(*parts, settings["pooling"])
+                native = self._native = (NativeExits if near else GpuExits).of(*parts, settings["pooling"])
                 if native is None:
                     return None
         decision = native.decide(view.layer, self.backbone.hidden(view.layer, state), state, carry, cut)

@@ -20,12 +20,12 @@ from rl_exit.criteria.base import Parted
 from rl_exit.models.answer_heads import AnswerHeads
 from rl_exit.models.backbones import StepState
 from rl_exit.models.exits import ExitHeads
+from rl_exit.models.head_weights import POOLING, HeadWeights
 from rl_exit.models.policy import PolicyHeads
 from rl_exit.models.quick_policy import KEY
 from rl_exit.native import function
 
 SOURCE = Path(__file__).with_name("native_exits.c")
-POOLING = {"cls": 0, "mean": 1, "last": 2}
 _SIZES = ("layers", "hidden", "classes", "width", "answer_width", "pooling", "shared")
 _ARRAYS = (
     *("exit_weight", "exit_bias", "scale", "answer_in", "answer_in_bias", "answer_out", "answer_out_bias"),
@@ -58,31 +58,17 @@ class NativeExits:
     still are where they were.
 
     Args:
-        exits: The exits.
-        heads: What the policy answers; None: what the exits do.
-        policy: Heads that read the answers alone; None: the probability of what would be answered is pi.
+        weights: Of the modules, float32 on the CPU.
         pooling: ``"cls"``, ``"mean"`` or ``"last"``.
         decide: The compiled function.
     """
 
-    def __init__(
-        self,
-        exits: ExitHeads,
-        heads: AnswerHeads | None,
-        policy: PolicyHeads | None,
-        pooling: str,
-        decide: Callable[..., int],
-    ) -> None:
-        self._decide = decide
-        self._modules = exits, heads, policy
-        self._places = _places(exits, heads, policy)
-        # Storage of their own name: an address says nothing where what lay there may have been freed.
-        self._weights = [place[name].detach() for place, name in self._places]
-        self._addresses = [weight.data_ptr() for weight in self._weights]
-        wide = 0 if heads is None else heads.bias_in.shape[1]
-        width, shared = (0, 0) if policy is None else (policy.width, int(policy.shared))
-        sizes = (exits.num_layers, exits.hidden_size, exits.num_classes, width, wide, POOLING[pooling], shared)
-        arrays = self._addresses if heads is not None else [*self._addresses[:2], *(None,) * 5, *self._addresses[2:]]
+    def __init__(self, weights: HeadWeights, pooling: str, decide: Callable[..., int]) -> None:
+        self._decide, self._weights = decide, weights
+        exits, addresses = weights.exits, [weight.data_ptr() for weight in weights.tensors]
+        widths = weights.policy_width, weights.answer_width
+        sizes = (exits.num_layers, exits.hidden_size, exits.num_classes, *widths, POOLING[pooling], int(weights.shared))
+        arrays = addresses if weights.heads is not None else [*addresses[:2], *(None,) * 5, *addresses[2:]]
         self._structure = _Heads(*sizes, *arrays, *(None,) * (len(_ARRAYS) - len(arrays)))
         self._pointer = ctypes.addressof(self._structure)
         self._classes = exits.num_classes
@@ -94,15 +80,10 @@ class NativeExits:
     ) -> NativeExits | None:
         """The compiled form; None where there is none on this machine, or the weights are not float32 on the CPU."""
         decide = _function()
-        if decide is None:
+        weights = None if decide is None else HeadWeights(exits, heads, policy)
+        if decide is None or weights is None or not weights.readable("cpu"):
             return None
-        places = _places(exits, heads, policy)
-        if not all(name in place for place, name in places):  # a replica, or a parametrisation
-            return None
-        found = [place[name] for place, name in places]
-        if not all(w.dtype == torch.float32 and w.device.type == "cpu" and w.is_contiguous() for w in found):
-            return None
-        return cls(exits, heads, policy, pooling, decide)
+        return cls(weights, pooling, decide)
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         """Addresses mean nothing to a copy of the model, which makes its own at its first decision."""
@@ -110,11 +91,7 @@ class NativeExits:
 
     def serves(self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> bool:
         """Whether it reads the memory of these modules."""
-        mine = self._modules
-        if mine[0] is not exits or mine[1] is not heads or mine[2] is not policy:
-            return False
-        found = [place.get(name) for place, name in self._places]
-        return all(a is not None and a.data_ptr() == b for a, b in zip(found, self._addresses, strict=True))
+        return self._weights.serves(exits, heads, policy)
 
     def decide(self, layer: int, hidden: Tensor, state: StepState, carry: dict[str, Tensor], cut: float) -> Decision:
         """Decide for all rows.
@@ -159,19 +136,6 @@ class NativeExits:
             return Decision(answers, odds, None)
         numbers = order.numpy()
         return Decision(answers, odds, Parted(numbers[:leaving], numbers[leaving:]))
-
-
-def _places(exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> list[tuple[Any, str]]:
-    """Where the modules keep the tensors that are read, in the order of the structure."""
-    own = () if heads is None else ("scale", "weight_in", "bias_in", "weight_out", "bias_out")
-    decides = () if policy is None else ("weight_in", "bias_in", "weight_out", "bias_out")
-    parts = ((exits, ("weight", "bias")), (heads, own), (policy, decides))
-    return [
-        (part._parameters if name in part._parameters else part._buffers, name)
-        for part, names in parts
-        if part is not None
-        for name in names
-    ]
 
 
 def _nothing() -> None:

@@ -84,11 +84,17 @@ class StepState:
         """1 at real tokens and 0 at right padding, int64 [B, T] on the device; made when first read."""
         return _real_tokens(self.lengths, self.hidden).to(torch.int64)
 
+    @cached_property
+    def device_lengths(self) -> Tensor:
+        """``lengths`` on the device; brought there when first read."""
+        return self.lengths.to(self.hidden.device)
+
     def with_hidden(self, hidden: Tensor) -> StepState:
         """Return the same batch with other hidden states, [B, T, H]."""
         after = StepState(hidden, self.lengths, self.padded, self.masks, self.tables, self.backbone)
-        if (mask := self.__dict__.get("attention_mask")) is not None:
-            after.__dict__["attention_mask"] = mask
+        for name in ("attention_mask", "device_lengths"):
+            if (known := self.__dict__.get(name)) is not None:
+                after.__dict__[name] = known
         return after
 
     def select(self, rows: Tensor, length: int | None = None) -> StepState:
@@ -162,7 +168,7 @@ def join_states(
         made = Padded(widest.hidden, widest.lengths, widest.padded, None)
     else:
         made = pad_rows([state.hidden for state in states], [state.lengths for state in states], chosen, keep)
-    return StepState(
+    joined = StepState(
         hidden=made.hidden,
         lengths=made.lengths,
         padded=made.padded,
@@ -170,6 +176,9 @@ def join_states(
         tables=widest.tables if keep == widest.length else widest.tables.trim(keep),
         backbone=backbone,
     )
+    if made.device_lengths is not None:
+        joined.__dict__["device_lengths"] = made.device_lengths
+    return joined
 
 
 def _row_numbers(rows: Indices) -> Indices:
@@ -295,7 +304,8 @@ class SteppedBackbone(nn.Module):
 
         Args:
             input_ids: Token ids, int64 [B, T].
-            attention_mask: 1 at real tokens, 0 at padding, which must be on the right, [B, T]. None: no padding.
+            attention_mask: 1 at real tokens, 0 at padding, which must be on the right, [B, T], on any device (best the
+                CPU, where it is looked at). None: no padding.
             token_type_ids: Segment ids, int64 [B, T]; ignored by families without segments.
 
         Raises:
@@ -306,7 +316,7 @@ class SteppedBackbone(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         attention_mask = attention_mask.to(torch.int64)
         lengths = _checked_lengths(input_ids, attention_mask)
-        hidden = self._family.embed(self.model, input_ids, attention_mask, token_type_ids)
+        hidden = self._family.embed(self.model, input_ids, attention_mask.to(input_ids.device), token_type_ids)
         padded = _shorter_than(lengths, input_ids.shape[1])
         return StepState(
             hidden=hidden,
@@ -450,10 +460,10 @@ class SteppedBackbone(nn.Module):
             hidden: [B, T, H].
             lengths: int64 [B] on the CPU.
             padded: Whether any is below T.
-            seen: Where tokens are and the first position of empty rows, bool [B, 1, 1, T] on the CPU, if there already.
+            seen: Where tokens are and the first position of empty rows, bool [B, 1, 1, T] on the device, if known.
         """
         self.boolean_mask = self._masks_padding_alone()  # the attention may have been changed while rows waited
-        if self.boolean_mask and hidden.is_cpu:
+        if self.boolean_mask and (hidden.is_cpu or seen is not None or not padded):
             if padded and seen is None:
                 seen = _padding_mask(lengths, hidden.shape[1])
             return {None: seen if padded else None}

@@ -2,7 +2,7 @@
 
 Between two layers this is all that the engine copies. torch needs an ``index_select`` a batch and a ``cat``, each of
 which reads and writes every row and finds its own code cold after a layer; compiled (``native_rows.c``,
-:mod:`rl_exit.native`) it is one pass.
+:mod:`rl_exit.native`) it is one pass, on a GPU one launch a batch (:mod:`rl_exit.gpu`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rl_exit.gpu import kernels, on, power_of_two
 from rl_exit.native import function
 
 SOURCE = Path(__file__).with_name("native_rows.c")
+GPU_TILE = 4096  # numbers that a block of a GPU's threads copies
 Indices = npt.NDArray[np.int64]
 
 
@@ -38,13 +40,15 @@ class Padded(NamedTuple):
         hidden: [B, T, H].
         lengths: Real tokens of each row, int64 [B] on the CPU.
         padded: Whether any row is shorter than T.
-        seen: Where tokens are, bool [B, 1, 1, T] on the CPU; an empty row's first position too. None: not known yet.
+        seen: Where tokens are, bool [B, 1, 1, T] like `hidden`; an empty row's first position too. None: not known yet.
+        device_lengths: `lengths` where `hidden` is, if they had to be brought there.
     """
 
     hidden: Tensor
     lengths: Tensor
     padded: bool
     seen: Tensor | None
+    device_lengths: Tensor | None = None
 
 
 def pad_rows(
@@ -63,8 +67,10 @@ def pad_rows(
         ValueError: A row has more tokens than that.
     """
     first = sources[0]
-    alike = first.is_cpu and not torch.is_grad_enabled() and all(source.dtype == first.dtype for source in sources)
-    gather = _function() if alike else None
+    alike = not torch.is_grad_enabled() and all(source.dtype == first.dtype for source in sources)
+    if alike and first.is_cuda and (found := kernels()) is not None:
+        return _padded_on_gpu(found.gather, sources, lengths, rows, tokens)
+    gather = _function() if alike and first.is_cpu else None
     if gather is None:
         return _padded_by_torch(sources, lengths, rows, tokens)
     unit = first.shape[2] * first.element_size()
@@ -114,6 +120,38 @@ def _padded_by_torch(
     if len(own) and int(own.max()) > tokens:
         raise _too_long(tokens)
     return Padded(hidden, own, len(own) > 0 and int(own.min()) < tokens, None)
+
+
+def _padded_on_gpu(
+    gather: Any, sources: Sequence[Tensor], lengths: Sequence[Tensor], rows: Sequence[Indices | None], tokens: int
+) -> Padded:
+    """One launch a batch (:func:`rl_exit.gpu_kernels.gather`), and one journey of numbers to the device."""
+    first, size = sources[0], sources[0].shape[2]
+    chosen = [some for some in rows if some is not None]
+    # Looked at here: a kernel reads what it is told to, and a row that there is not would leave the GPU unusable.
+    if any(len(some) and some.min() < 0 for some in chosen):
+        raise IndexError(f"rows of batches of {[source.shape[0] for source in sources]} rows: there is no such row")
+    each = [real.numpy() for real in lengths]
+    own = np.concatenate([real if some is None else real[some] for real, some in zip(each, rows, strict=True)])
+    if len(own) and int(own.max()) > tokens:
+        raise _too_long(tokens)
+    sent = torch.from_numpy(np.concatenate([*chosen, own])).to(first.device)
+    numbers, there = sent[: len(sent) - len(own)], sent[len(sent) - len(own) :]
+    hidden = torch.empty((len(own), tokens, size), dtype=first.dtype, device=first.device)
+    seen = torch.empty((len(own), 1, 1, tokens), dtype=torch.bool, device=first.device)
+    start = used = 0
+    wide = power_of_two(size)
+    block = max(1, min(power_of_two(tokens), GPU_TILE // wide))
+    with on(first.device):
+        for source, some in zip(sources, rows, strict=True):
+            count = source.shape[0] if some is None else len(some)
+            if count:
+                grid, constants = (count, -(-tokens // block)), {"SIZE": size, "BLOCK": block, "H2": wide}
+                places = source.contiguous(), numbers[used:] if some is not None else sent, there, hidden, seen
+                gather[grid](*places, start, source.shape[1], tokens, CHOSEN=some is not None, **constants)
+            start += count
+            used += 0 if some is None else count
+    return Padded(hidden, torch.from_numpy(own), len(own) > 0 and int(own.min()) < tokens, seen, there)
 
 
 def _too_long(tokens: int) -> ValueError:

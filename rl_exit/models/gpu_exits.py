@@ -1,0 +1,117 @@
+"""An exit decision on a GPU in one launch (:func:`rl_exit.gpu_kernels.decide`), and one question: who leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl_exit.criteria.base import parted
+from rl_exit.gpu import kernels, on, power_of_two
+from rl_exit.models.answer_heads import AnswerHeads
+from rl_exit.models.backbones import StepState
+from rl_exit.models.exits import ExitHeads
+from rl_exit.models.head_weights import POOLING, HeadWeights
+from rl_exit.models.native_exits import Decision
+from rl_exit.models.policy import PolicyHeads
+from rl_exit.models.quick_policy import KEY
+
+WIDEST = {"classes": 128, "answer_width": 256, "policy_width": 256}
+"""A row's figures lie in the registers of one block of threads."""
+CHUNK, BLOCK = 64, 16
+
+
+class GpuExits:
+    """As :class:`rl_exit.models.native_exits.NativeExits`, on a GPU; the hidden states may be of any precision.
+
+    Args:
+        weights: Of the modules, float32.
+        pooling: ``"cls"``, ``"mean"`` or ``"last"``.
+        decide: The kernel.
+    """
+
+    def __init__(self, weights: HeadWeights, pooling: str, decide: Any) -> None:
+        self._decide, self._weights = decide, weights
+        exits, tensors = weights.exits, weights.tensors
+        nothing = tensors[0]  # stands where nothing is read
+        own = tensors[2:7] if weights.heads is not None else [nothing] * 5
+        decides = tensors[-4:] if weights.policy is not None else [nothing] * 4
+        self._arrays = (*tensors[:2], *own, *decides)
+        self._classes, self._kept = exits.num_classes, 3 * exits.num_classes + 3
+        self._log_classes = math.log(exits.num_classes)
+        self._constants = {
+            "LAYERS": exits.num_layers,
+            "SIZE": exits.hidden_size,
+            "CLASSES": exits.num_classes,
+            "WIDE": weights.answer_width,
+            "WIDTH": weights.policy_width,
+            "POOLING": POOLING[pooling],
+            "SHARED": weights.shared,
+            "CHUNK": min(CHUNK, power_of_two(exits.hidden_size)),
+            "BLOCK": BLOCK,
+            "C2": power_of_two(exits.num_classes),
+            "A2": power_of_two(max(weights.answer_width, 1)),
+            "W2": power_of_two(max(weights.policy_width, 1)),
+        }
+
+    @classmethod
+    def of(
+        cls, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None, pooling: str
+    ) -> GpuExits | None:
+        """None where there is no kernel, or the weights are not float32 on a GPU, or too wide for it."""
+        found = kernels()
+        weights = None if found is None else HeadWeights(exits, heads, policy)
+        if found is None or weights is None or not weights.readable("cuda"):
+            return None
+        sizes = {
+            "classes": exits.num_classes,
+            "answer_width": weights.answer_width,
+            "policy_width": weights.policy_width,
+        }
+        return cls(weights, pooling, found.decide) if all(sizes[key] <= WIDEST[key] for key in sizes) else None
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """A copy of the model makes its own at its first decision."""
+        return _nothing, ()
+
+    def serves(self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> bool:
+        """Whether it reads the memory of these modules."""
+        return self._weights.serves(exits, heads, policy)
+
+    def decide(self, layer: int, hidden: Tensor, state: StepState, carry: dict[str, Tensor], cut: float) -> Decision:
+        """Decide for all rows; see :meth:`rl_exit.models.native_exits.NativeExits.decide`.
+
+        With an infinite cut the device is asked nothing.
+        """
+        rows, tokens, _ = hidden.shape
+        hidden = hidden.contiguous()
+        like: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
+        after, answers = torch.empty((rows, self._kept), **like), torch.empty((rows, self._classes), **like)
+        odds, leaving = torch.empty(rows, **like), torch.empty(rows, dtype=torch.bool, device=hidden.device)
+        with on(hidden.device):
+            self._decide[(rows,)](
+                hidden,
+                state.device_lengths if state.padded else answers,
+                *self._arrays,
+                carry[KEY].contiguous() if layer > 1 else after,
+                after,
+                answers,
+                odds,
+                leaving,
+                tokens,
+                layer,
+                cut,
+                self._log_classes,
+                PADDED=state.padded,
+                FIRST=layer == 1,
+                **self._constants,
+            )
+        carry[KEY] = after
+        return Decision(answers, odds, None if cut == math.inf else parted(leaving))
+
+
+def _nothing() -> None:
+    return None
