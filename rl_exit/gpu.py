@@ -2,7 +2,7 @@
 
 They are compiled by Triton, which comes with torch's builds for GPUs, at the first text, and kept by Triton for the
 next process. Where they are not asked for or cannot be had, torch computes the same. On request only, because they have
-been compiled and interpreted, but not been timed on a GPU yet (docs/performance.md).
+been compiled and interpreted, but not been run on a GPU yet (docs/inference.md).
 """
 
 from __future__ import annotations

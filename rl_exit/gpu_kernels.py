@@ -17,7 +17,7 @@ def _log1p(x):
     return tl.where(x < 0.02, x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * 0.25))), tl.log(1.0 + x))
 
 
-@triton.jit(do_not_specialize=["tokens", "layer"])
+@triton.jit(do_not_specialize=["tokens", "layer"], do_not_specialize_on_alignment=["lengths"])
 def decide(
     hidden,  # [B,T,H], any float
     lengths,  # int64 [B]; read where PADDED
@@ -182,7 +182,10 @@ def decide(
     tl.store(leaving + row, found > cut)
 
 
-@triton.jit(do_not_specialize=["start", "old_tokens", "tokens"])
+@triton.jit(
+    do_not_specialize=["start", "old_tokens", "tokens"],
+    do_not_specialize_on_alignment=["rows", "lengths"],  # parts of one array, so that nothing is compiled in mid-flight
+)
 def gather(
     source,  # [B_i,T_i,H]
     rows,  # int64 [B_i'], which of them; read where CHOSEN
@@ -197,15 +200,16 @@ def gather(
     BLOCK: tl.constexpr,  # of T
     H2: tl.constexpr,  # a power of two from H
 ):
-    """A block of tokens of one row; zeros behind its end."""
+    """A block of tokens of one row; zeros behind its end. An empty row keeps its first position."""
     number, place = tl.program_id(0), tl.program_id(0) + start
     row = tl.load(rows + number) if CHOSEN else number.to(tl.int64)
     length = tl.load(lengths + place).to(tl.int32)
     t, h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, H2)
+    there = tl.minimum(tl.maximum(length, 1), old_tokens)
     wanted = (t[:, None] < tokens) & (h[None, :] < SIZE)
     tile = tl.load(
         source + row * old_tokens * SIZE + t[:, None] * SIZE + h[None, :],
-        mask=wanted & (t[:, None] < length),
+        mask=wanted & (t[:, None] < there),
         other=0.0,
     )
     tl.store(out + place.to(tl.int64) * tokens * SIZE + t[:, None] * SIZE + h[None, :], tile, mask=wanted)

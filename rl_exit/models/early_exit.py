@@ -529,6 +529,8 @@ class EarlyExitModel(PreTrainedModel):
                 native = self._native = (NativeExits if near else GpuExits).of(*parts, settings["pooling"])
                 if native is None:
                     return None
+        if native.device != hidden.device:
+            return None
         decision = native.decide(view.layer, self.backbone.hidden(view.layer, state), state, carry, cut)
         view.answered(decision.answers)
         return decision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from rl_exit.models.quick_policy import KEY
 WIDEST = {"classes": 128, "answer_width": 256, "policy_width": 256}
 """A row's figures lie in the registers of one block of threads."""
 CHUNK, BLOCK = 64, 16
+_failed: set[tuple[Any, ...]] = set()  # constants for which the kernel could not be had
 
 
 class GpuExits:
@@ -31,10 +33,13 @@ class GpuExits:
         weights: Of the modules, float32.
         pooling: ``"cls"``, ``"mean"`` or ``"last"``.
         decide: The kernel.
+
+    Attributes:
+        device: Where the hidden states must be.
     """
 
     def __init__(self, weights: HeadWeights, pooling: str, decide: Any) -> None:
-        self._decide, self._weights = decide, weights
+        self._decide, self._weights, self.device = decide, weights, weights.device
         exits, tensors = weights.exits, weights.tensors
         nothing = tensors[0]  # stands where nothing is read
         own = tensors[2:7] if weights.heads is not None else [nothing] * 5
@@ -71,7 +76,18 @@ class GpuExits:
             "answer_width": weights.answer_width,
             "policy_width": weights.policy_width,
         }
-        return cls(weights, pooling, found.decide) if all(sizes[key] <= WIDEST[key] for key in sizes) else None
+        if any(sizes[key] > WIDEST[key] for key in sizes):
+            return None
+        made = cls(weights, pooling, found.decide)
+        if (shape := tuple(made._constants.values())) in _failed:
+            return None
+        try:
+            made._launch(1, torch.zeros((1, 1, exits.hidden_size), device=weights.device), None, {}, 0.0)
+        except Exception as error:  # noqa: BLE001 - whatever a compiler may raise, torch computes the same
+            _failed.add(shape)
+            logging.getLogger(__name__).warning("no kernel for these exits: %s: %s", type(error).__name__, error)
+            return None
+        return made
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         """A copy of the model makes its own at its first decision."""
@@ -86,15 +102,22 @@ class GpuExits:
 
         With an infinite cut the device is asked nothing.
         """
+        lengths = state.device_lengths if state.padded else None
+        answers, odds, leaving = self._launch(layer, hidden.contiguous(), lengths, carry, cut)
+        return Decision(answers, odds, None if cut == math.inf else parted(leaving))
+
+    def _launch(
+        self, layer: int, hidden: Tensor, lengths: Tensor | None, carry: dict[str, Tensor], cut: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Answers [B, C], odds [B] and whether they exceed the cut, bool [B]."""
         rows, tokens, _ = hidden.shape
-        hidden = hidden.contiguous()
         like: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
         after, answers = torch.empty((rows, self._kept), **like), torch.empty((rows, self._classes), **like)
         odds, leaving = torch.empty(rows, **like), torch.empty(rows, dtype=torch.bool, device=hidden.device)
         with on(hidden.device):
             self._decide[(rows,)](
                 hidden,
-                state.device_lengths if state.padded else answers,
+                answers if lengths is None else lengths,
                 *self._arrays,
                 carry[KEY].contiguous() if layer > 1 else after,
                 after,
@@ -105,12 +128,12 @@ class GpuExits:
                 layer,
                 cut,
                 self._log_classes,
-                PADDED=state.padded,
+                PADDED=lengths is not None,
                 FIRST=layer == 1,
                 **self._constants,
             )
         carry[KEY] = after
-        return Decision(answers, odds, None if cut == math.inf else parted(leaving))
+        return answers, odds, leaving
 
 
 def _nothing() -> None:

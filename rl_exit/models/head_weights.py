@@ -24,6 +24,8 @@ class HeadWeights:
         policy: Heads that read the answers alone; None: the probability of what would be answered is pi.
         tensors: Weight and bias of the exits; scale, weight and bias in, weight and bias out of the answers; weight and
             bias in, weight and bias out of the policy.
+        device: Where the first of them is.
+        whole: Whether the modules have them all where modules keep them.
     """
 
     def __init__(self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> None:
@@ -41,13 +43,19 @@ class HeadWeights:
         # Storage of their own name: an address says nothing where what lay there may have been freed.
         self.tensors = [weight.detach() for weight in found if weight is not None]
         self.whole = len(self.tensors) == len(found)
+        self.device = self.tensors[0].device if self.tensors else torch.device("meta")
         self._addresses = [weight.data_ptr() for weight in self.tensors]
 
-    def readable(self, device: str) -> bool:
-        """Whether all are where modules keep them (not so in a replica or under a parametrisation), float32, there."""
-        return self.whole and all(
-            weight.dtype == torch.float32 and weight.device.type == device and weight.is_contiguous()
-            for weight in self.tensors
+    def readable(self, kind: str) -> bool:
+        """Whether all are where modules keep them (not so in a replica or under a parametrisation), and as promised.
+
+        Args:
+            kind: Of the one device, ``"cpu"`` or ``"cuda"``.
+        """
+        return (
+            self.whole
+            and self.device.type == kind
+            and all(w.dtype == torch.float32 and w.device == self.device and w.is_contiguous() for w in self.tensors)
         )
 
     def serves(self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> bool:

@@ -61,10 +61,13 @@ class NativeExits:
         weights: Of the modules, float32 on the CPU.
         pooling: ``"cls"``, ``"mean"`` or ``"last"``.
         decide: The compiled function.
+
+    Attributes:
+        device: Where the hidden states must be.
     """
 
     def __init__(self, weights: HeadWeights, pooling: str, decide: Callable[..., int]) -> None:
-        self._decide, self._weights = decide, weights
+        self._decide, self._weights, self.device = decide, weights, weights.device
         exits, addresses = weights.exits, [weight.data_ptr() for weight in weights.tensors]
         widths = weights.policy_width, weights.answer_width
         sizes = (exits.num_layers, exits.hidden_size, exits.num_classes, *widths, POOLING[pooling], int(weights.shared))

@@ -141,7 +141,7 @@ def _padded_on_gpu(
     seen = torch.empty((len(own), 1, 1, tokens), dtype=torch.bool, device=first.device)
     start = used = 0
     wide = power_of_two(size)
-    block = max(1, min(power_of_two(tokens), GPU_TILE // wide))
+    block = max(1, GPU_TILE // wide)
     with on(first.device):
         for source, some in zip(sources, rows, strict=True):
             count = source.shape[0] if some is None else len(some)
