@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +25,13 @@ from rl_exit.criteria.policy import ConsistentEE
 from rl_exit.errors import ConfigError, DataError
 from rl_exit.pooling import run_pooled
 from rl_exit.progress import Progress, Silent, Terminal
-from rl_exit.stepping import LayeredModel, Left, Survivors, advance, enter, enter_instances
+from rl_exit.stepping import LayeredModel, Left, Survivors, advance, enter, enter_instances, enter_singly
 
 if TYPE_CHECKING:
     from rl_exit.data.instances import Instances
+
+SINGLES = 16
+"""Texts that are embedded together where they run one at a time."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +170,16 @@ def stream_answers(
     """
     from rl_exit.data.batching import length_sorted_batches
 
-    def entering(rows: npt.NDArray[np.int64]) -> Callable[[], Survivors]:
-        return lambda: enter_instances(model, instances, criterion, rows)
+    def entering() -> Iterator[Callable[[], Survivors]]:
+        if batch_size > 1:
+            for rows in length_sorted_batches(instances.lengths, batch_size):
+                yield partial(enter_instances, model, instances, criterion, rows)
+            return
+        for rows in length_sorted_batches(instances.lengths, SINGLES):
+            singles = enter_singly(model, instances, criterion, rows)
+            yield from (partial(next, singles) for _ in rows)
 
-    arrivals = (entering(rows) for rows in length_sorted_batches(instances.lengths, batch_size))
+    arrivals = entering()
     if pooled:
         yield from run_pooled(model, arrivals, criterion, batch_size)
         return

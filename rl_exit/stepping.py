@@ -19,7 +19,7 @@ evaluation mode; groups hold tensors of that mode. Not safe to call from several
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -175,6 +175,26 @@ def enter_instances(
         if (state := model.backbone.begin_rows(found)) is not None:
             return Survivors(0, state, criterion.start(len(rows), device), rows)
     return enter(model, instances.batch(rows), criterion, rows)
+
+
+def enter_singly(
+    model: LayeredModel, instances: Instances, criterion: Criterion, rows: npt.NDArray[np.int64]
+) -> Iterator[Survivors]:
+    """As :func:`enter_instances`, each row a group of its own; embedded together, as calls cost much beside layers.
+
+    Args:
+        model: In evaluation mode.
+        instances: Where they are.
+        criterion: Who leaves.
+        rows: Which, int64 [B], B >= 1, best of similar length.
+
+    Raises:
+        ValueError: No rows.
+        IndexError: A row that there is not, or a token that the model does not know.
+    """
+    state, device = enter_instances(model, instances, criterion, rows).state, model.device
+    for place, alone in enumerate(state.apart()):
+        yield Survivors(0, alone, criterion.start(1, device), rows[place : place + 1])
 
 
 def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Step:

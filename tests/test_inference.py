@@ -23,6 +23,7 @@ from rl_exit.errors import ConfigError, DataError
 from rl_exit.inference import run_batch, run_instances
 from rl_exit.models.pretrained import find_source, load_tokenizer
 from rl_exit.pooling import ENOUGH_TOKENS, DepthPool
+from rl_exit.stepping import advance, enter, enter_singly
 
 WORDS = ("cat", "dog", "horse", "saw", "drill", "the", "red", "near", "under", "my", "found")
 
@@ -226,6 +227,37 @@ class Above:
 
     def leave(self, layer: int, view: LayerView, carry: Carry) -> Tensor:
         return view.logits[:, 0] > self.bound if layer == 1 else view.everyone(False)
+
+
+@pytest.mark.parametrize("name", ["bert-cls", "bert-mean", "llama-last"])
+def test_single_rows_enter_together_and_run_alone(models, name, monkeypatch):
+    """Embedded in one batch, each with its own length, mask and tables from then on; an empty row too."""
+    model = models[name]
+    instances = instances_of([9, 3, 1, 0, 9, 12, 5], seed=4)
+    asked = []
+
+    def counted(*given):
+        asked.append(len(given[3]))
+        return enter_singly(*given)
+
+    monkeypatch.setattr("rl_exit.inference.enter_singly", counted)
+    monkeypatch.setattr("rl_exit.inference.SINGLES", 4)
+    together = run_instances(model, instances, Fixed(2), 1)
+    assert asked == [4, 3]
+    rows = np.array([5, 1, 3])
+    with torch.inference_mode():
+        for row, alone in zip(rows, enter_singly(model, instances, Fixed(2), rows), strict=True):
+            length = int(instances.lengths[row])
+            assert alone.rows.tolist() == [row] and alone.state.lengths.tolist() == [length]
+            assert alone.state.length == max(length, 1) and alone.state.padded == (length == 0)
+            single = enter(model, instances.batch(np.array([row])), Fixed(2))
+            torch.testing.assert_close(alone.state.hidden[:, :length], single.state.hidden[:, :length])
+            both = [advance(model, each, Fixed(9)).inside.state.hidden[:, :length] for each in (alone, single)]
+            torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr("rl_exit.inference.SINGLES", 1)
+    torch.testing.assert_close(
+        together.logits, run_instances(model, instances, Fixed(2), 1).logits, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_enough_tokens_do_not_wait(model):

@@ -231,6 +231,20 @@ def test_survivors_go_on_as_if_alone(name: str, attention: str, after: int) -> N
     assert difference(others.hidden, expected.hidden, alone["attention_mask"]) > 1e-2
 
 
+@every_variant
+@torch.no_grad()
+def test_rows_that_go_apart_go_on_as_if_alone(name: str, attention: str) -> None:
+    backbone, batch = build(name, attention), make_batch()
+    together = backbone.begin(**batch)
+    last = backbone.num_layers
+    for row, (alone, length) in enumerate(zip(together.apart(), LENGTHS, strict=True)):
+        assert (alone.batch_size, alone.length, alone.lengths.tolist(), alone.padded) == (1, length, [length], False)
+        assert alone.hidden.data_ptr() == together.hidden[row].data_ptr(), "nothing is copied"
+        single = backbone.begin(**{key: value[row : row + 1, :length] for key, value in batch.items()})
+        mine, theirs = (backbone.hidden(last, run_to(backbone, last, state)) for state in (alone, single))
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
 @every_family
 def test_rows_leave_one_layer_after_another(name: str) -> None:
     backbone, batch = build(name), make_batch()

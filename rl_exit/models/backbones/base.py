@@ -10,7 +10,7 @@ Shapes: B rows, T tokens (padded on the right), H hidden size, L layers. Layers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -96,6 +96,17 @@ class StepState:
             if (known := self.__dict__.get(name)) is not None:
                 after.__dict__[name] = known
         return after
+
+    def apart(self) -> Iterator[StepState]:
+        """Yield each row as a batch of its own without padding, in order; a view, nothing is copied."""
+        rows, real = self.hidden.unsqueeze(1).unbind(), self.lengths.unsqueeze(1).unbind()
+        for hidden, lengths, count in zip(rows, real, self.lengths.tolist(), strict=True):
+            keep = max(count, 1)
+            whole = keep == self.length
+            mine = hidden if whole else hidden[:, :keep]
+            masks = self.backbone.masks(mine, lengths, count < keep)
+            tables = self.tables if whole else self.tables.trim(keep)
+            yield StepState(mine, lengths, count < keep, masks, tables, self.backbone)
 
     def select(self, rows: Tensor, length: int | None = None) -> StepState:
         """Return the state of some rows, with right padding trimmed; positions stay as they are.
