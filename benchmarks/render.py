@@ -395,7 +395,7 @@ def on_gpu(results: dict[str, Any]) -> str:
         figures = (f"{row[key]:.2f}" for key in ("layer_speedup", "speedup", "time_per_layer_speedup"))
         rows.append([size, *each, *figures])
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    origin = f"`{results['command']}`, {results['date']}: {results['device']}, {versions}, {results['dtype']}"
+    origin = f"By {results['command']}, {results['date']}: {results['device']}, {versions}, {results['dtype']}"
     return f"{markdown_table(header, rows)}\n{origin}, {results['model']}.\n"
 
 
