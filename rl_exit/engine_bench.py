@@ -39,7 +39,7 @@ from rl_exit.models.early_exit import EarlyExitModel
 from rl_exit.models.exits import pool
 from rl_exit.models.native_exits import SOURCE
 from rl_exit.native import library
-from rl_exit.operating import Clocked, Evidence, engine_pass, exits_of, gather, grid, point_by_speed
+from rl_exit.operating import Clocked, Evidence, engine_pass, exits_of, gather, grid, point_by_speed, settling
 from rl_exit.profiling import profile, surroundings
 from rl_exit.progress import Display, Progress
 from rl_exit.turns import in_turn, ratio
@@ -48,7 +48,7 @@ BATCH_SIZES = (1, 8, 32, 128)
 TEXTS = 1000
 """Texts that are timed, at most: fewer would leave the share of early exits to chance (the speed-up of 48 texts strays
 by 6 %, that of 450 by 2 %)."""
-ROUNDS = 5
+ROUNDS = 7
 SPLITS = 200
 SPEEDUP = 2.0
 MAX_LOSS, CONFIDENCE = 0.01, 0.95
@@ -164,7 +164,12 @@ def _engine(
         "plain": lambda: _plain_transformers(model, instances, size),
     }
     with evaluating(model), torch.inference_mode():
-        took = in_turn(passes, len(instances), rounds, after_round=lambda number: progress.update(done + number))
+        took = in_turn(
+            passes,
+            rounds,
+            after_round=lambda number: progress.update(done + number),
+            settle=settling(model.device),
+        )
     left = run_instances(model, instances, rule, size).exit_layer.double().numpy()
     in_layers = model.num_layers / float(left.mean())
     # Where longer texts leave later, layers per text promise more than there is: what counts is layers per token.
@@ -194,17 +199,16 @@ def _ratios(times: Mapping[str, npt.NDArray[np.float64]], in_layers: float) -> d
     }
 
 
-def _plain_transformers(model: EarlyExitModel, instances: Instances, size: int) -> Iterator[int]:
+def _plain_transformers(model: EarlyExitModel, instances: Instances, size: int) -> Iterator[None]:
     """The base model's own forward pass with the last exit as its classifier; the same batches."""
-    answers, done = torch.empty((len(instances), model.config.num_labels)), 0
+    answers = torch.empty((len(instances), model.config.num_labels))
     for rows in length_sorted_batches(instances.lengths, size):
         batch = {key: value.to(model.device) for key, value in instances.batch(rows).items()}
         states = model.backbone.model(**batch).last_hidden_state
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
         pooled = pool(states, mask, model.config.pooling)
         answers[torch.from_numpy(rows)] = model.exits.at(model.num_layers, pooled).float().cpu()
-        done += len(rows)
-        yield done
+        yield
 
 
 def _guarantee(evidence: Evidence, progress: Progress) -> dict[str, Any]:

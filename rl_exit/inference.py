@@ -120,6 +120,8 @@ def run_instances(
     answers = Answers(len(instances))
     with evaluating(model), torch.inference_mode():
         for left in stream_answers(model, instances, criterion, batch_size, pooled):
+            if left is None:
+                continue
             answers.put(left)
             if progress is not None:
                 progress.update(answers.done)
@@ -158,8 +160,10 @@ class Answers:
 
 def stream_answers(
     model: LayeredModel, instances: Instances, criterion: Criterion, batch_size: int, pooled: bool = True
-) -> Iterator[Left]:
+) -> Iterator[Left | None]:
     """Rows as they leave, numbered by their place among the instances: what :func:`run_instances` collects.
+
+    Yielded after each layer of a group (:func:`rl_exit.pooling.run_pooled`); None where nobody left.
 
     Args:
         model: In evaluation mode, under ``torch.inference_mode()`` for as long as the iterator is used.

@@ -20,8 +20,9 @@ It holds for the exact choice that is made here, and says nothing of texts of an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -207,7 +208,7 @@ class Clocked:
         passes = {"full": engine_pass(self.model, some, full, self.batch_size)}
         passes["rule"] = engine_pass(self.model, some, rule, self.batch_size)
         with evaluating(self.model), torch.inference_mode():
-            wall = in_turn(passes, count, self.rounds).wall
+            wall = in_turn(passes, self.rounds, settle=settling(self.model.device)).wall
         measured = ratio(wall["full"], wall["rule"])
         return measured / costs.speedup(self.batch_size, lengths[rows], exit_layers[rows])
 
@@ -220,13 +221,20 @@ def engine_pass(
     It runs in evaluation mode and under ``torch.inference_mode()``, which are the caller's to set.
     """
 
-    def start() -> Iterator[int]:
+    def start() -> Iterator[None]:
         answers = Answers(len(instances))
         for left in stream_answers(model, instances, rule, batch_size, pooled):
-            answers.put(left)
-            yield answers.done
+            if left is not None:
+                answers.put(left)
+            yield
+        answers.output()  # all of them are there
 
     return start
+
+
+def settling(device: torch.device) -> Callable[[], None]:
+    """What waits until the work of a device is done (:func:`rl_exit.turns.in_turn`)."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 def point_by_speed(

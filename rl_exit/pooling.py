@@ -10,13 +10,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 
+import torch
+
 from rl_exit.criteria.base import Criterion
 from rl_exit.stepping import LayeredModel, Left, Survivors, advance, join
 
-ENOUGH_TOKENS = 256
-"""On a CPU a layer runs at full speed from about so many tokens on (measured on MiniLM: 80 microseconds a token below
-32 tokens, 52 around 112, 49 around 144, 47 from 224 on), so a group of as many gains nothing by waiting, and would only
-be padded."""
+ENOUGH_TOKENS, MOST_TOKENS = 384, 768
+"""On a CPU a layer runs at full speed between about so many tokens (measured on MiniLM, H = 384, microseconds a token
+at best: 86 for 48 tokens, 62 for 96, 58 for 192, 51 to 53 from 384 to 1500, 59 for 3000). A group of enough tokens
+gains nothing by waiting and would only be padded; one of more than most reads and writes past the caches (a file at
+batch size 128 took 27 % less time in such parts)."""
+
+
+def limits(device: torch.device) -> tuple[int | None, int | None]:
+    """From how many tokens on a group need not wait for rows, and how many run together at most; None: no limit."""
+    return (ENOUGH_TOKENS, MOST_TOKENS) if device.type == "cpu" else (None, None)
+
+
+def part_of(rows: int, longest: int, tokens: int | None) -> int:
+    """How many of ``rows`` rows, padded to ``longest``, run together within ``tokens``: one of few even parts."""
+    return rows if tokens is None else -(-rows // max(1, -(-rows * longest // tokens)))
 
 
 class DepthPool:
@@ -47,25 +60,40 @@ class DepthPool:
         self._counts[layer] += count
         self._tokens[layer] += count * group.longest
 
-    def take(self, layer: int, most: int) -> Survivors:
+    def take(self, layer: int, most: int, tokens: int | None = None) -> Survivors:
         """Up to ``most`` of the rows that have waited longest after ``layer``, as one group.
+
+        Args:
+            layer: Where they wait.
+            most: Rows.
+            tokens: How many a group has at most with its padding, if it has more than one row; a waiting group of more
+                is cut into even parts. None: no limit.
 
         Raises:
             ValueError: Nobody waits there.
         """
-        queue, parts, free = self._groups[layer], [], most
+        queue, taken, longest = self._groups[layer], 0, 0
+        parts: list[Survivors] = []
         if not queue:
             raise ValueError(f"nobody waits after layer {layer}")
-        while queue and free > 0:
-            group = queue.popleft()
+        while queue and taken < most:
+            group = queue[0]
+            longest = max(longest, group.longest)
+            if parts:
+                free = most - taken if tokens is None else min(most, tokens // longest) - taken
+            else:
+                free = part_of(min(most, len(group)), longest, tokens)
+            if free < 1:
+                break
+            queue.popleft()
             self._tokens[layer] -= len(group) * group.longest
             if len(group) > free:
                 group, rest = group.split(free)
                 queue.appendleft(rest)
                 self._tokens[layer] += len(rest) * rest.longest
             parts.append(group)
-            free -= len(group)
-        self._counts[layer] -= most - free
+            taken += len(group)
+        self._counts[layer] -= taken
         return join(parts)
 
     def ready(self, rows: int, tokens: int | None = None) -> int | None:
@@ -84,12 +112,13 @@ class DepthPool:
 
 def run_pooled(
     model: LayeredModel, arrivals: Iterator[Callable[[], Survivors]], criterion: Criterion, batch_size: int
-) -> Iterator[Left]:
+) -> Iterator[Left | None]:
     """Run batches until everybody has left, with survivors of different batches run together.
 
     Full batches run first, the deepest first of all, so that few rows wait at any time: at most ``L * batch_size``
-    rows and one batch. On a CPU a group of enough tokens counts as full. Without a full batch the next one enters; when
-    none is left, the rest runs from the first layer up, so that it gathers on its way.
+    rows and one batch. On a CPU a group of enough tokens counts as full, and one of too many is cut
+    (:func:`limits`). Without a full batch the next one enters; when none is left, the rest runs from the first layer
+    up, so that it gathers on its way.
 
     Args:
         model: In evaluation mode, under ``torch.inference_mode()``.
@@ -98,12 +127,12 @@ def run_pooled(
         batch_size: Rows that run together at most.
 
     Yields:
-        Who left, as they leave.
+        After each layer of a group, who left there; None if nobody did.
     """
     pool = DepthPool(model.num_layers)
-    tokens = ENOUGH_TOKENS if model.device.type == "cpu" else None
+    enough, most = limits(model.device)
     while True:
-        layer = pool.ready(batch_size, tokens)
+        layer = pool.ready(batch_size, enough)
         if layer is None:
             batch = next(arrivals, None)
             if batch is not None:
@@ -112,8 +141,7 @@ def run_pooled(
             layer = pool.shallowest()
             if layer is None:
                 return
-        step = advance(model, pool.take(layer, batch_size), criterion)
+        step = advance(model, pool.take(layer, batch_size, most), criterion)
         if step.inside is not None:
             pool.put(step.inside)
-        if step.left is not None:
-            yield step.left
+        yield step.left

@@ -20,6 +20,7 @@ from rl_exit.costs import CostModel
 from rl_exit.errors import ConfigError
 from rl_exit.inference import evaluating
 from rl_exit.models.early_exit import EarlyExitModel
+from rl_exit.pooling import limits, part_of
 from rl_exit.progress import Progress
 
 BATCH_SIZES = (1, 8, 32)
@@ -39,7 +40,7 @@ def profile(
 
     Args:
         model: The model, where it will run and in the precision it will run in.
-        batch_sizes: Texts per batch, each at least 1.
+        batch_sizes: Texts per batch, each at least 1; timed in the parts in which the engine runs them.
         lengths: Tokens per text; default: 8, a quarter of ``max_tokens``, and ``max_tokens``.
         runs: Passes at each size, after one that is not counted; at least 3.
         progress: Told the number of passes done.
@@ -66,8 +67,10 @@ def profile(
             for cell, passes in found.items():
                 if number > FEWEST and spent[cell] > LONGEST_CELL:
                     continue
-                ids = torch.from_numpy(generator.integers(0, vocabulary, cell)).to(model.device)
-                taken = _timed(model, ids)
+                size, length = cell
+                together = part_of(size, length, limits(model.device)[1])  # as the engine runs them
+                ids = torch.from_numpy(generator.integers(0, vocabulary, (together, length))).to(model.device)
+                taken = _timed(model, ids).times(size / together)
                 spent[cell] += taken.embed + sum(taken.layers) + sum(taken.exits) + sum(taken.policy)
                 if number:
                     passes.append(taken)
@@ -114,6 +117,13 @@ class _Pass:
         self.layers: list[float] = []
         self.exits: list[float] = []
         self.policy: list[float] = []
+
+    def times(self, share: float) -> _Pass:
+        """As many times the work."""
+        self.embed *= share
+        for each in (self.layers, self.exits, self.policy):
+            each[:] = [share * seconds for seconds in each]
+        return self
 
 
 def _timed(model: EarlyExitModel, ids: torch.Tensor) -> _Pass:

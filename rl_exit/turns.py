@@ -1,8 +1,10 @@
 """Times passes over the same rows against each other, a slice of each in turn.
 
 A machine that others use too changes its speed within seconds, and a whole pass lasts seconds: timed one after the
-other, passes are compared across such changes. Here every pass advances by a slice of its rows, then waits while the
-others do the same slice, in an order that changes, so that whatever slows the machine slows them all.
+other, passes are compared across such changes. Here every pass advances by a slice, a tenth of a second of the longest,
+then waits while the others do their share, in an order that changes, so that whatever slows the machine slows them all.
+(Measured on a virtual machine that others share: stretches of 3 s next to each other differ by 9 %, of 0.1 s by 6 %, of
+which a pass holds thirty times as many, so that chance weighs an eighth.)
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Pass = Callable[[], Iterator[int]]
-"""Starts a pass over all rows; what it yields are the rows that are done so far, rising to all of them."""
-SLICES = 16
+Pass = Callable[[], Iterator[Any]]
+"""Starts a pass over all rows, which yields after each piece of its work; best small ones, and always the same."""
+SLICE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,61 +39,49 @@ class Turns:
 
 def in_turn(
     passes: Mapping[str, Pass],
-    total: int,
     rounds: int,
-    slices: int = SLICES,
+    slice_seconds: float = SLICE_SECONDS,
     seed: int = 0,
     after_round: Callable[[int], None] = lambda number: None,
+    settle: Callable[[], Any] = lambda: None,
 ) -> Turns:
-    """Run passes in turn, ``rounds`` times after once that is not counted.
+    """Run passes in turn, ``rounds`` times, after once one after the other, which is not counted.
 
     Args:
-        passes: By name.
-        total: N, the rows of each, at least 1.
+        passes: By name, at least one.
         rounds: Rounds that count, at least 1.
-        slices: Parts of a pass, at most N; a part ends when at least its share of the rows is done.
+        slice_seconds: What a slice of the longest pass lasts, about; a piece of work is not cut. All passes are cut
+            into as many slices, each of about the same share of the pieces of its pass.
         seed: Of the order in which passes take their turn.
         after_round: Told the number of rounds done, the first one included.
-
-    Raises:
-        RuntimeError: A pass has ended before its last row.
+        settle: Waits until work is done that was only begun, as on a GPU; called at the end of each slice.
     """
+    pieces, seconds = {}, {}
+    for name, start in passes.items():
+        began = time.perf_counter()
+        pieces[name] = sum(1 for _ in start())
+        settle()
+        seconds[name] = time.perf_counter() - began
+    after_round(1)
+    slices = max(1, min(round(max(seconds.values()) / slice_seconds), max(pieces.values())))
     rng, names = np.random.default_rng(seed), list(passes)
-    slices = min(slices, total)
     taken = {name: np.zeros((2, rounds, slices)) for name in names}
-    for number in range(1 + rounds):
-        running = {name: _Running(passes[name](), total) for name in names}
+    for number in range(rounds):
+        running = {name: passes[name]() for name in names}
         for part in range(slices):
-            goal = total * (part + 1) // slices if part < slices - 1 else None
             for place in rng.permutation(len(names)):
                 name = names[place]
-                started, busy = time.perf_counter(), time.process_time()
-                running[name].advance(goal)
-                if number:
-                    spent = time.perf_counter() - started, time.process_time() - busy
-                    taken[name][:, number - 1, part] = spent
-        after_round(number + 1)
+                done, goal = (pieces[name] * share // slices for share in (part, part + 1))
+                began, busy = time.perf_counter(), time.process_time()
+                # The last slice runs to the end, what comes after the last piece included.
+                for _ in islice(running[name], None if part == slices - 1 else goal - done):
+                    pass
+                settle()
+                taken[name][:, number, part] = time.perf_counter() - began, time.process_time() - busy
+        after_round(2 + number)
     return Turns({name: taken[name][0] for name in names}, {name: taken[name][1] for name in names})
 
 
 def ratio(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> float:
     """Median over the rounds of how many times as long one pass took as another, from seconds [rounds, slices]."""
     return statistics.median((above.sum(1) / below.sum(1)).tolist())
-
-
-class _Running:
-    """A pass on its way."""
-
-    def __init__(self, rows: Iterator[int], total: int) -> None:
-        self._rows, self._total = rows, total
-        self._done = 0
-
-    def advance(self, goal: int | None) -> None:
-        """Until so many rows are done; None: to the end, what comes after the last row included."""
-        while goal is None or self._done < goal:
-            done = next(self._rows, None)
-            if done is None:
-                break
-            self._done = done
-        if goal is None and self._done != self._total:
-            raise RuntimeError(f"a pass has ended after {self._done} of {self._total} rows")

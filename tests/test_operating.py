@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from rl_exit import operating, turns
 from rl_exit.costs import CostModel
@@ -100,7 +101,8 @@ def test_the_clock_runs_some_texts_of_all_lengths_both_ways(batches, allowed, co
     monkeypatch.setattr(operating, "engine_pass", engine_pass)
     monkeypatch.setattr(operating, "CLOCKED_SECONDS", allowed)
     monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
-    model = SimpleNamespace(num_layers=LAYERS, training=False, train=lambda mode: None)
+    device = torch.device("cpu")
+    model = SimpleNamespace(num_layers=LAYERS, training=False, train=lambda mode: None, device=device)
     clock = Clocked(model, Texts(), 4, texts=5, batches=batches, rounds=3)
     left = np.where(Texts.lengths > 50, 4, 2)
     found = clock.bias(POLICY, even_costs(), left)

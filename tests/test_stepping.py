@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from rl_exit import EarlyExitModel
+from rl_exit import EarlyExitModel, pooling
 from rl_exit.criteria import ConsistentEE, Fixed, criterion
-from rl_exit.pooling import DepthPool
+from rl_exit.pooling import DepthPool, part_of, run_pooled
 from rl_exit.stepping import Survivors, advance, enter, join
 
 
@@ -108,6 +110,49 @@ def test_the_pool_knows_how_many_tokens_wait(model):
     assert (len(pool), pool.ready(99, 3), pool.ready(99, 4)) == (1, 0, None)
     pool.take(0, 1)
     assert pool.ready(99, 1) is None
+
+
+@torch.inference_mode()
+def test_the_pool_cuts_what_has_too_many_tokens(model):
+    """Into even parts; and adds no group that would make it too many, with the padding of both."""
+    pool, rule = DepthPool(model.num_layers), Fixed(3)
+    for number, lengths in ((0, [5] * 7), (10, [4, 6]), (20, [9])):
+        pool.put(enter(model, batch_of(*lengths), rule, np.arange(number, number + len(lengths))))
+    assert pool.take(0, 99, 20).rows.tolist() == [0, 1, 2, 3], "35 tokens in two parts"
+    assert pool.take(0, 99, 20).rows.tolist() == [4, 5, 6], "the next is of 6 tokens, and four of those are 24"
+    assert pool.take(0, 2, 99).rows.tolist() == [10, 11]
+    assert pool.take(0, 99, 3).rows.tolist() == [20], "a row is never cut"
+    assert len(pool) == 0 and pool.ready(99, 1) is None
+    assert [part_of(7, 5, most) for most in (None, 35, 34, 5, 1)] == [7, 7, 4, 1, 1]
+
+
+@torch.inference_mode()
+def test_a_batch_of_too_many_tokens_is_answered_in_parts(model, monkeypatch):
+    rule, ran = criterion("entropy", threshold=0.9), []
+    plain_step = model.backbone.step
+
+    def step(layer, state):
+        ran.append(state.hidden.shape)
+        return plain_step(layer, state)
+
+    monkeypatch.setattr(model.backbone, "step", step)
+    lengths = [3, 5, 9, 9, 12, 1, 7]
+
+    def answers():
+        ran.clear()
+        arrivals = iter([partial(enter, model, batch_of(*lengths), rule)])
+        left = [each for each in run_pooled(model, arrivals, rule, 8) if each is not None]
+        rows = np.concatenate([each.rows for each in left])
+        layers = np.concatenate([np.full(len(each.rows), each.layer) for each in left])
+        return torch.cat([each.logits for each in left])[np.argsort(rows)], layers[np.argsort(rows)].tolist()
+
+    whole, layers = answers()
+    assert ran[0][0] == len(lengths)
+    monkeypatch.setattr(pooling, "ENOUGH_TOKENS", 10)
+    monkeypatch.setattr(pooling, "MOST_TOKENS", 30)
+    parts, same = answers()
+    assert same == layers and max(rows * tokens for rows, tokens, _ in ran) <= 30
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()

@@ -24,16 +24,16 @@ class World:
             self.now, self.stop = self.now + 100.0, None
         self.now += seconds * (1.0 + self.slower * self.now)
 
-    def one(self, name: str, seconds: float, rows: int = 64, step: int = 1, after: float = 0.0, cold: float = 0.0):
+    def one(self, name: str, seconds: float, pieces: int = 64, after: float = 0.0, cold: float = 0.0):
         """A pass; ``cold``: what its first start costs beside."""
         extra = [cold]
 
-        def start() -> Iterator[int]:
+        def start() -> Iterator[None]:
             self.work(extra.pop() if extra else 0.0)
-            for done in range(step, rows + 1, step):
-                self.calls.append((name, done))
-                self.work(seconds * step)
-                yield done
+            for piece in range(pieces):
+                self.calls.append((name, piece))
+                self.work(seconds)
+                yield
             self.work(after)
 
         return start
@@ -41,7 +41,7 @@ class World:
 
 def test_a_machine_that_becomes_slower_slows_both(monkeypatch):
     world = World(monkeypatch, slower=0.002)
-    took = in_turn({"slow": world.one("slow", 2.0), "fast": world.one("fast", 1.0)}, 64, rounds=3)
+    took = in_turn({"slow": world.one("slow", 2.0), "fast": world.one("fast", 1.0)}, rounds=3, slice_seconds=10.0)
     found = ratio(took.wall["slow"], took.wall["fast"])
     assert found == pytest.approx(2.0, rel=0.02)
     np.testing.assert_allclose(took.processor["slow"], 0.5 * took.wall["slow"])
@@ -56,33 +56,32 @@ def test_a_machine_that_becomes_slower_slows_both(monkeypatch):
     assert abs(whole[0] / whole[1] - 2.0) > 0.1
 
 
-def test_every_row_and_what_comes_after_the_last_counts(monkeypatch):
+def test_every_piece_and_what_comes_after_the_last_counts(monkeypatch):
     world = World(monkeypatch)
-    passes = {"one": world.one("one", 1.0, after=3.0), "eight": world.one("eight", 1.0, step=8)}
-    took = in_turn(passes, 64, rounds=2, slices=5)
-    assert took.wall["one"].shape == (2, 5)
-    assert took.wall["one"].sum(1).tolist() == [67.0, 67.0] and took.wall["eight"].sum(1).tolist() == [64.0, 64.0]
-    assert sum(name == "one" for name, _ in world.calls) == 3 * 64, "one round more, which is not counted"
-    cold = in_turn({"a": world.one("a", 1.0, cold=1000.0), "b": world.one("b", 1.0)}, 64, rounds=1)
+    passes = {"small": world.one("small", 1.0, after=3.0), "large": world.one("large", 8.0, pieces=8)}
+    took = in_turn(passes, rounds=2, slice_seconds=13.4)
+    assert took.wall["small"].shape == took.wall["large"].shape == (2, 5), "slices as long as asked for"
+    assert took.wall["small"].sum(1).tolist() == [67.0, 67.0] and took.wall["large"].sum(1).tolist() == [64.0, 64.0]
+    assert took.wall["small"][0].tolist() == [12.0, 13.0, 13.0, 13.0, 16.0], "of about the same share"
+    assert sum(name == "small" for name, _ in world.calls) == 3 * 64, "one round more, which is not counted"
+    cold = in_turn({"a": world.one("a", 1.0, cold=1000.0), "b": world.one("b", 1.0)}, rounds=1)
     assert cold.wall["a"].sum() == cold.wall["b"].sum() == 64.0, "the first round is the one that is not counted"
 
 
-def test_a_pass_that_ends_early_is_no_pass(monkeypatch):
+def test_a_piece_is_not_cut_and_there_are_no_more_slices_than_pieces(monkeypatch):
     world = World(monkeypatch)
-    with pytest.raises(RuntimeError, match="ended after 32 of 64"):
-        in_turn({"half": world.one("half", 1.0, rows=32)}, 64, rounds=1)
-
-
-def test_a_slice_that_is_done_already_does_nothing(monkeypatch):
-    """Batches larger than a slice: half of the slices find their rows done."""
-    world = World(monkeypatch)
-    took = in_turn({"large": world.one("large", 1.0, step=32)}, 64, rounds=1, slices=4)
-    assert took.wall["large"].tolist() == [[32.0, 0.0, 32.0, 0.0]]
+    took = in_turn({"large": world.one("large", 32.0, pieces=2)}, rounds=1, slice_seconds=16.0)
+    assert took.wall["large"].tolist() == [[32.0, 32.0]]
+    passes = {"large": world.one("large", 32.0, pieces=2), "small": world.one("small", 16.0, pieces=4)}
+    took = in_turn(passes, rounds=1, slice_seconds=0.1)
+    assert took.wall["large"].tolist() == [[0.0, 32.0, 0.0, 32.0]] and took.wall["small"].tolist() == [[16.0] * 4]
+    short = in_turn({"short": world.one("short", 0.1, pieces=3)}, rounds=2, slice_seconds=1.0)
+    assert short.wall["short"].shape == (2, 1)
 
 
 def test_one_interruption_does_not_move_the_median(monkeypatch):
     world = World(monkeypatch, stop=400.0)
-    took = in_turn({"slow": world.one("slow", 2.0), "fast": world.one("fast", 1.0)}, 64, rounds=3)
+    took = in_turn({"slow": world.one("slow", 2.0), "fast": world.one("fast", 1.0)}, rounds=3)
     sums = np.concatenate([took.wall[name].sum(1) for name in took.wall])
     assert sums.max() > 150.0 and ratio(took.wall["slow"], took.wall["fast"]) == pytest.approx(2.0)
 
@@ -90,8 +89,8 @@ def test_one_interruption_does_not_move_the_median(monkeypatch):
 def test_the_order_changes_and_is_the_seed_s(monkeypatch):
     def order(seed: int) -> list[str]:
         world = World(monkeypatch)
-        in_turn({name: world.one(name, 1.0, rows=8) for name in "abc"}, 8, rounds=1, slices=8, seed=seed)
-        return [name for name, _ in world.calls]
+        in_turn({name: world.one(name, 1.0, pieces=8) for name in "abc"}, rounds=1, slice_seconds=1.0, seed=seed)
+        return [name for name, _ in world.calls][24:]
 
     first = order(0)
     assert first == order(0) != order(1)
@@ -99,7 +98,22 @@ def test_the_order_changes_and_is_the_seed_s(monkeypatch):
     assert firsts == {"a", "b", "c"}
 
 
+def test_work_that_was_only_begun_counts_where_it_was_begun(monkeypatch):
+    """As on a GPU: a piece takes no time until somebody waits for it."""
+    world, begun = World(monkeypatch), []
+
+    def settle():
+        world.now += sum(begun)
+        begun.clear()
+
+    def begins(seconds):
+        return lambda: (begun.append(seconds) for _ in range(8))
+
+    took = in_turn({"slow": begins(2.0), "fast": begins(1.0)}, rounds=2, slice_seconds=2.0, settle=settle)
+    assert took.wall["slow"].tolist() == [[2.0] * 8] * 2 and took.wall["fast"].tolist() == [[1.0] * 8] * 2
+
+
 def test_rounds_are_told(monkeypatch):
     world, told = World(monkeypatch), []
-    in_turn({"a": world.one("a", 1.0, rows=2)}, 2, rounds=2, after_round=told.append)
+    in_turn({"a": world.one("a", 1.0, pieces=2)}, rounds=2, after_round=told.append)
     assert told == [1, 2, 3]
