@@ -124,7 +124,7 @@ def _measure(
             point = point_by_speed([rule], evidence.select(first), costs, speedup, size, clock)
             threshold = float(point.params["threshold"])
             measured = instances.take(_spread(second, TEXTS))
-            row = _engine(model, measured, threshold, size, rounds, progress, number * (1 + rounds))
+            row = measure_engine(model, measured, threshold, size, rounds, progress, number * (1 + rounds))
             at = costs.batch_sizes.index(size), len(costs.lengths) // 2
             tokens = size * costs.lengths[at[1]]
             rows[str(size)] = row | {
@@ -152,9 +152,10 @@ def _measure(
     }
 
 
-def _engine(
+def measure_engine(
     model: EarlyExitModel, instances: Instances, threshold: float, size: int, rounds: int, progress: Progress, done: int
 ) -> dict[str, Any]:
+    """Time all variants at one batch size; ``progress`` is told ``done`` and the number of rounds since."""
     rule, full, never = ConsistentEE(threshold), Fixed(model.num_layers), ConsistentEE(1.0)
     passes = {
         "full": engine_pass(model, instances, full, size),

@@ -1,8 +1,7 @@
-"""Kernels for GPUs (:mod:`rl_exit.gpu_kernels`), on request: ``RL_EXIT_GPU_KERNELS=1``.
+"""Kernels for GPUs (:mod:`rl_exit.gpu_kernels`), unless ``RL_EXIT_GPU_KERNELS=0``.
 
 They are compiled by Triton, which comes with torch's builds for GPUs, at the first text, and kept by Triton for the
-next process. Where they are not asked for or cannot be had, torch computes the same. On request only, because they have
-been compiled and interpreted, but not been run on a GPU yet (docs/inference.md).
+next process. Where they are refused or cannot be had, torch computes the same, in some hundred launches a decision.
 """
 
 from __future__ import annotations
@@ -16,17 +15,21 @@ from typing import Any
 
 import torch
 
+SWITCH = "RL_EXIT_GPU_KERNELS"
+
 
 @cache
 def kernels() -> Any | None:
     """The module of kernels, tried once; None where there is none to be had."""
-    if os.environ.get("RL_EXIT_GPU_KERNELS") != "1" or not torch.cuda.is_available():
+    if os.environ.get(SWITCH, "1") == "0" or not torch.cuda.is_available():
         return None
     try:
         found = import_module("rl_exit.gpu_kernels")
         _try(found)
     except Exception as error:  # noqa: BLE001 - whatever a compiler may raise, torch computes the same
-        logging.getLogger(__name__).warning("RL_EXIT_GPU_KERNELS=1 has no effect: %s: %s", type(error).__name__, error)
+        logging.getLogger(__name__).warning(
+            "no kernels for this GPU, torch computes instead: %s: %s", type(error).__name__, error
+        )
         return None
     return found
 

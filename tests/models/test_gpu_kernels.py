@@ -105,14 +105,16 @@ def test_ties_and_extremes_are_answered_alike(kernels, scale):
     exits.weight.mul_(scale)
     exits.bias.mul_(scale)
     fast, carry, memory = GpuExits(HeadWeights(exits, None, policy), "cls", kernels.decide), {}, {}
+    # Of a tie the kernel takes the first class, as torch does on a CPU; on a GPU torch takes any.
+    exits_there, policy_there = copy.deepcopy(exits).cpu(), copy.deepcopy(policy).cpu()
     for layer in (1, 2):
-        hidden = torch.randn(4, 2, 24, device=DEVICE)
-        found = fast.decide(layer, hidden, SimpleNamespace(padded=False), carry, 0.0)
-        said = exits.at(layer, hidden[:, 0])
+        hidden = torch.randn(4, 2, 24)
+        found = fast.decide(layer, hidden.to(DEVICE), SimpleNamespace(padded=False), carry, 0.0)
+        said = exits_there.at(layer, hidden[:, 0])
         assert scale == 0.0 or said.abs().max() > 1e3
-        odds = policy.at(layer, answer_figures(layer, 3, said, memory))
-        torch.testing.assert_close(found.answers, said, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(found.odds, odds, atol=1e-4, rtol=1e-4)
+        odds = policy_there.at(layer, answer_figures(layer, 3, said, memory))
+        torch.testing.assert_close(found.answers.cpu(), said, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.odds.cpu(), odds, atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
@@ -179,20 +181,20 @@ def test_they_compile_for_gpus_that_are_not_here(kernels):
     assert done.stdout == "compiled\n", done.stderr
 
 
-def test_there_are_none_without_a_gpu_or_unasked(monkeypatch, fresh):
-    asked, there = ("1", "0"), (True, False)
+def test_there_are_none_without_a_gpu_or_where_they_are_refused(monkeypatch, fresh):
+    asked, there = (None, "1", "0"), (True, False)
     monkeypatch.setattr(gpu, "import_module", lambda name: name)
     monkeypatch.setattr(gpu, "_try", lambda found: None)
     for word, has_gpu in itertools.product(asked, there):
         gpu.kernels.cache_clear()
-        monkeypatch.setenv("RL_EXIT_GPU_KERNELS", word)
+        monkeypatch.delenv(gpu.SWITCH, raising=False) if word is None else monkeypatch.setenv(gpu.SWITCH, word)
         monkeypatch.setattr(torch.cuda, "is_available", lambda answer=has_gpu: answer)
-        assert gpu.kernels() == ("rl_exit.gpu_kernels" if word == "1" and has_gpu else None)
+        assert gpu.kernels() == ("rl_exit.gpu_kernels" if word != "0" and has_gpu else None)
 
     def refuse(found):
         raise RuntimeError("another compiler")
 
-    monkeypatch.setenv("RL_EXIT_GPU_KERNELS", "1")
+    monkeypatch.delenv(gpu.SWITCH, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "_try", refuse)
     gpu.kernels.cache_clear()
@@ -222,7 +224,7 @@ def test_a_kernel_that_cannot_be_had_is_tried_once(kernels, monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_engine_on_a_gpu_answers_as_on_the_cpu(tiny_backbone: Path, dtype, monkeypatch, fresh):
-    monkeypatch.setenv("RL_EXIT_GPU_KERNELS", "1")
+    monkeypatch.delenv(gpu.SWITCH, raising=False)
     model = EarlyExitModel.from_backbone(
         str(tiny_backbone), ["a", "b", "c"], pooling="mean", policy_inputs="answers", policy_answer="own"
     )
