@@ -379,7 +379,7 @@ def inference(results: dict[str, Any]) -> str:
 def on_gpu(results: dict[str, Any]) -> str:
     """Microseconds a text by batch size, and time saved by layers saved."""
     header = [
-        "batch size",
+        "model, batch size",
         "full depth",
         "plain transformers",
         "exits",
@@ -388,15 +388,21 @@ def on_gpu(results: dict[str, Any]) -> str:
         "time",
         "time / layers",
     ]
+    small = results["model"]
+    names = {"kernels": small, "torch": f"{small} without kernels"}
     rows = []
-    for size, row in results["engine"].items():
-        took = {name: 1e6 * seconds / row["texts"] for name, seconds in row["seconds"].items()}
-        each = (f"{took[name]:.0f} us" for name in ("full", "plain", "exits", "never"))
-        figures = (f"{row[key]:.2f}" for key in ("layer_speedup", "speedup", "time_per_layer_speedup"))
-        rows.append([size, *each, *figures])
+    for name, run in results["runs"].items():
+        for size, row in run["engine"].items():
+            took = {name: 1e6 * seconds / row["texts"] for name, seconds in row["seconds"].items()}
+            each = (f"{took[name]:.0f} us" for name in ("full", "plain", "exits", "never"))
+            figures = (f"{row[key]:.2f}" for key in ("layer_speedup", "speedup", "time_per_layer_speedup"))
+            rows.append([f"{names.get(name, name)}, {size}", *each, *figures])
+    large = results["runs"]["large"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    origin = f"By {results['command']}, {results['date']}: {results['device']}, {versions}, {results['dtype']}"
-    return f"{markdown_table(header, rows)}\n{origin}, {results['model']}.\n"
+    origin = f"`{results['command']}`, {results['date']}: {results['device']}, {versions}. "
+    origin += f"*Large*: {large['num_layers']} layers of {large['hidden_size']}, random weights; "
+    origin += f"{results['texts']['large']} texts, as without kernels."
+    return f"{markdown_table(header, rows)}\n{origin}\n"
 
 
 def dial(results: dict[str, Any]) -> str:
