@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from rl_exit.criteria.base import Carry, Criterion, LayerView, Parted, parted
-from rl_exit.models.backbones.base import join_states
 from rl_exit.models.backbones.embeddings import Ragged
 from rl_exit.models.backbones.rows import Indices
+from rl_exit.models.backbones.state import join_states
 
 if TYPE_CHECKING:
     from rl_exit.data.instances import Instances

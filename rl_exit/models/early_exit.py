@@ -41,9 +41,10 @@ from rl_exit.models.answers import (
 )
 from rl_exit.models.backbones import StepState, step_backbone
 from rl_exit.models.choices import chosen_rule
+from rl_exit.models.decision import CompiledExits, Decision
 from rl_exit.models.exits import ExitHeads, pool
 from rl_exit.models.gpu_exits import GpuExits
-from rl_exit.models.native_exits import Decision, NativeExits
+from rl_exit.models.native_exits import NativeExits
 from rl_exit.models.policy import PolicyHeads
 from rl_exit.models.quick_policy import QuickPolicy
 
@@ -211,7 +212,7 @@ class EarlyExitModel(PreTrainedModel):
         self.answer_heads = AnswerHeads(self.num_layers, hidden, config.num_labels) if own else None
         self.tokenizer: Any = None
         self._quick: QuickPolicy | None = None
-        self._native: NativeExits | GpuExits | None = None
+        self._native: CompiledExits | None = None
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from rl_exit.criteria.base import parted
 from rl_exit.gpu import kernels, on, power_of_two
 from rl_exit.models.answer_heads import AnswerHeads
 from rl_exit.models.backbones import StepState
+from rl_exit.models.decision import CompiledExits, Decision
 from rl_exit.models.exits import ExitHeads
 from rl_exit.models.head_weights import POOLING, HeadWeights
-from rl_exit.models.native_exits import Decision
 from rl_exit.models.policy import PolicyHeads
 from rl_exit.models.quick_policy import KEY
 
@@ -26,26 +25,23 @@ CHUNK, BLOCK = 64, 16
 _failed: set[tuple[Any, ...]] = set()  # constants for which the kernel could not be had
 
 
-class GpuExits:
-    """As :class:`rl_exit.models.native_exits.NativeExits`, on a GPU; the hidden states may be of any precision.
+class GpuExits(CompiledExits):
+    """By Triton, on a GPU; weights are float32, the hidden states of any precision.
 
     Args:
         weights: Of the modules, float32.
         pooling: ``"cls"``, ``"mean"`` or ``"last"``.
         decide: The kernel.
-
-    Attributes:
-        device: Where the hidden states must be.
     """
 
     def __init__(self, weights: HeadWeights, pooling: str, decide: Any) -> None:
-        self._decide, self._weights, self.device = decide, weights, weights.device
+        super().__init__(weights)
+        self._decide = decide
         exits, tensors = weights.exits, weights.tensors
         nothing = tensors[0]  # stands where nothing is read
         own = tensors[2:7] if weights.heads is not None else [nothing] * 5
         decides = tensors[-4:] if weights.policy is not None else [nothing] * 4
         self._arrays = (*tensors[:2], *own, *decides)
-        self._classes, self._kept = exits.num_classes, 3 * exits.num_classes + 3
         self._log_classes = math.log(exits.num_classes)
         self._constants = {
             "LAYERS": exits.num_layers,
@@ -89,16 +85,8 @@ class GpuExits:
             return None
         return made
 
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        """A copy of the model makes its own at its first decision."""
-        return _nothing, ()
-
-    def serves(self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> bool:
-        """Whether it reads the memory of these modules."""
-        return self._weights.serves(exits, heads, policy)
-
     def decide(self, layer: int, hidden: Tensor, state: StepState, carry: dict[str, Tensor], cut: float) -> Decision:
-        """Decide for all rows; see :meth:`rl_exit.models.native_exits.NativeExits.decide`.
+        """Decide for all rows; see :meth:`CompiledExits.decide`.
 
         With an infinite cut the device is asked nothing.
         """
@@ -134,7 +122,3 @@ class GpuExits:
             )
         carry[KEY] = after
         return answers, odds, leaving
-
-
-def _nothing() -> None:
-    return None

@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from rl_exit.criteria.base import Parted
 from rl_exit.models.answer_heads import AnswerHeads
 from rl_exit.models.backbones import StepState
+from rl_exit.models.decision import CompiledExits, Decision
 from rl_exit.models.exits import ExitHeads
 from rl_exit.models.head_weights import POOLING, HeadWeights
 from rl_exit.models.policy import PolicyHeads
@@ -37,45 +38,24 @@ class _Heads(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in _SIZES), *((name, ctypes.c_void_p) for name in _ARRAYS)]
 
 
-class Decision(NamedTuple):
-    """One decision.
-
-    Attributes:
-        answers: float32 [B, C], logits of what each row would answer here.
-        odds: float32 [B], log-odds of Exit.
-        apart: Whose odds exceed the cut, and who stays; None: nobody's do.
-    """
-
-    answers: Tensor
-    odds: Tensor
-    apart: Parted | None
-
-
-class NativeExits:
-    """Exits, the policy's own answers, and a policy that reads answers, float32 on the CPU.
-
-    The modules' own memory is read, so weights that change in place are followed; :meth:`serves` says whether they
-    still are where they were.
+class NativeExits(CompiledExits):
+    """In C, on the CPU; weights and hidden states are float32.
 
     Args:
-        weights: Of the modules, float32 on the CPU.
+        weights: Of the modules.
         pooling: ``"cls"``, ``"mean"`` or ``"last"``.
         decide: The compiled function.
-
-    Attributes:
-        device: Where the hidden states must be.
     """
 
     def __init__(self, weights: HeadWeights, pooling: str, decide: Callable[..., int]) -> None:
-        self._decide, self._weights, self.device = decide, weights, weights.device
+        super().__init__(weights)
+        self._decide = decide
         exits, addresses = weights.exits, [weight.data_ptr() for weight in weights.tensors]
         widths = weights.policy_width, weights.answer_width
         sizes = (exits.num_layers, exits.hidden_size, exits.num_classes, *widths, POOLING[pooling], int(weights.shared))
         arrays = addresses if weights.heads is not None else [*addresses[:2], *(None,) * 5, *addresses[2:]]
         self._structure = _Heads(*sizes, *arrays, *(None,) * (len(_ARRAYS) - len(arrays)))
         self._pointer = ctypes.addressof(self._structure)
-        self._classes = exits.num_classes
-        self._kept = 3 * exits.num_classes + 3
 
     @classmethod
     def of(
@@ -88,24 +68,8 @@ class NativeExits:
             return None
         return cls(weights, pooling, decide)
 
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        """Addresses mean nothing to a copy of the model, which makes its own at its first decision."""
-        return _nothing, ()
-
-    def serves(self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> bool:
-        """Whether it reads the memory of these modules."""
-        return self._weights.serves(exits, heads, policy)
-
     def decide(self, layer: int, hidden: Tensor, state: StepState, carry: dict[str, Tensor], cut: float) -> Decision:
-        """Decide for all rows.
-
-        Args:
-            layer: 1..L-1, asked in turn.
-            hidden: float32 [B, T, H] on the CPU, what the exits pool.
-            state: Its lengths.
-            carry: Keeps the memory that :class:`rl_exit.models.quick_policy.QuickPolicy` keeps.
-            cut: Log-odds above which a row leaves.
-        """
+        """Decide for all rows; see :meth:`CompiledExits.decide`."""
         rows, tokens, _ = hidden.shape
         if not hidden.is_contiguous():
             hidden = hidden.contiguous()
@@ -139,10 +103,6 @@ class NativeExits:
             return Decision(answers, odds, None)
         numbers = order.numpy()
         return Decision(answers, odds, Parted(numbers[:leaving], numbers[leaving:]))
-
-
-def _nothing() -> None:
-    return None
 
 
 @cache

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rl_exit.criteria.base import Carry, Criterion, LayerView
-from rl_exit.models.backbones.base import StepState, Tables
+from rl_exit.models.backbones.state import StepState, Tables
 from rl_exit.models.causal import EarlyExitCausalModel, present
 
 HORIZON = 64

@@ -8,7 +8,8 @@ from typing import Any
 
 from rl_exit.errors import ModelError, nearest
 from rl_exit.models.backbones import bert_like, decoders, modernbert, relative
-from rl_exit.models.backbones.base import Family, SteppedBackbone, StepState, Tables, deviation, join_states
+from rl_exit.models.backbones.base import Family, SteppedBackbone, deviation
+from rl_exit.models.backbones.state import StepState, Tables, join_states
 
 __all__ = [
     "SUPPORTED",

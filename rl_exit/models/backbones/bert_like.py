@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rl_exit.models.backbones.base import Family, StepState
+from rl_exit.models.backbones.base import Family
 from rl_exit.models.backbones.embeddings import Ragged, embed_rows, plain
 from rl_exit.models.backbones.quick_layer import quick_layer
+from rl_exit.models.backbones.state import StepState
 
 Embed = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 EmbedRows = Callable[[Any, Ragged, int], Tensor | None]

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from rl_exit.models.backbones import blocks
-from rl_exit.models.backbones.base import Family, StepState, Tables
+from rl_exit.models.backbones.base import Family
 from rl_exit.models.backbones.rotary import layer_reaches, layer_type_objection, positions
+from rl_exit.models.backbones.state import StepState, Tables
 
 
 def _rotary_tables(model: Any, hidden: Tensor) -> Tables:

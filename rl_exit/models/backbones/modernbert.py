@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rl_exit.models.backbones.base import Family, StepState, Tables
+from rl_exit.models.backbones.base import Family
 from rl_exit.models.backbones.rotary import layer_reaches, layer_type_objection, positions
+from rl_exit.models.backbones.state import StepState, Tables
 
 
 def _embed(model: Any, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_exit.models.backbones.base import Family, StepState, Tables
+from rl_exit.models.backbones.base import Family
+from rl_exit.models.backbones.state import StepState, Tables
 
 
 def _count(model: Any) -> int:

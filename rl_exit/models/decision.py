@@ -1,0 +1,73 @@
+"""An exit decision in one call: what it gives, and what its compiled forms have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rl_exit.criteria.base import Parted
+from rl_exit.models.answer_heads import AnswerHeads
+from rl_exit.models.backbones import StepState
+from rl_exit.models.exits import ExitHeads
+from rl_exit.models.head_weights import HeadWeights
+from rl_exit.models.policy import PolicyHeads
+
+
+class Decision(NamedTuple):
+    """One decision.
+
+    Attributes:
+        answers: float32 [B, C], logits of what each row would answer here.
+        odds: float32 [B], log-odds of Exit.
+        apart: Whose odds exceed the cut, and who stays; None: nobody's do.
+    """
+
+    answers: Tensor
+    odds: Tensor
+    apart: Parted | None
+
+
+class CompiledExits(ABC):
+    """Exits, the policy's own answers, and a policy that reads answers, in compiled code.
+
+    The modules' own memory is read, so weights that change in place are followed; :meth:`serves` says whether they
+    still are where they were.
+
+    Args:
+        weights: Of the modules.
+
+    Attributes:
+        device: Where the hidden states must be.
+    """
+
+    def __init__(self, weights: HeadWeights) -> None:
+        self._weights, self.device = weights, weights.device
+        self._classes = weights.exits.num_classes
+        self._kept = 3 * weights.exits.num_classes + 3  # numbers of memory a row
+
+    @abstractmethod
+    def decide(self, layer: int, hidden: Tensor, state: StepState, carry: dict[str, Tensor], cut: float) -> Decision:
+        """Decide for all rows.
+
+        Args:
+            layer: 1..L-1, asked in turn.
+            hidden: [B, T, H], what the exits pool.
+            state: Its lengths.
+            carry: Keeps the memory that :class:`rl_exit.models.quick_policy.QuickPolicy` keeps.
+            cut: Log-odds above which a row leaves.
+        """
+
+    def serves(self, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None) -> bool:
+        """Whether it reads the memory of these modules."""
+        return self._weights.serves(exits, heads, policy)
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """Addresses mean nothing to a copy of the model, which makes its own at its first decision."""
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
