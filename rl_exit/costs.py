@@ -1,6 +1,7 @@
 """What a layer costs in time on one machine: measured once, kept beside the model, read wherever layers were counted.
 
-``costs.json`` in the model's folder holds medians of seconds, for a batch of B texts of T tokens each without padding::
+``costs.json`` in the model's folder holds medians of seconds, for a batch of B texts of T tokens each without padding,
+in the parts in which the engine runs it (:data:`rl_exit.pooling.MOST_TOKENS`)::
 
     embed_seconds   [B, T]        ids to the input of layer 1
     layer_seconds   [B, T, L]     each layer, with the engine's own work around it

@@ -7,7 +7,7 @@ figures are medians over the rounds of the ratio within a round. One thread.
 * ``full``: the same engine at full depth, no exit and no policy computed below L;
 * ``exits``: the policy at the threshold that ``--speedup 2`` chooses on the calibration texts, survivors pooled, as
   ``rl-exit predict --file`` and ``predict`` of many texts run;
-* ``alone``: the same, each batch for itself to its end, as single requests would run;
+* ``alone``: the same, each batch for itself to its end, as single requests would run (at batch size 1 the same);
 * ``never``: exits and policy computed at every layer, and nobody leaves;
 * ``plain``: the base model's own ``forward`` of transformers with the last exit on it, same batches.
 """
@@ -160,10 +160,11 @@ def measure_engine(
     passes = {
         "full": engine_pass(model, instances, full, size),
         "exits": engine_pass(model, instances, rule, size),
-        "alone": engine_pass(model, instances, rule, size, pooled=False),
         "never": engine_pass(model, instances, never, size),
         "plain": lambda: _plain_transformers(model, instances, size),
     }
+    if size > 1:  # single texts are never pooled
+        passes["alone"] = engine_pass(model, instances, rule, size, pooled=False)
     with evaluating(model), torch.inference_mode():
         took = in_turn(
             passes,
@@ -194,7 +195,7 @@ def _ratios(times: Mapping[str, npt.NDArray[np.float64]], in_layers: float) -> d
         "speedup": speedup,
         "time_per_layer_speedup": speedup / in_layers,
         "time_per_layer_speedup_plain": ratio(times["plain"], times["exits"]) / in_layers,
-        "time_per_layer_speedup_alone": ratio(times["full"], times["alone"]) / in_layers,
+        "time_per_layer_speedup_alone": ratio(times["full"], times.get("alone", times["exits"])) / in_layers,
         "no_exit_overhead": ratio(times["never"], times["full"]) - 1.0,
         "full_against_plain": ratio(times["plain"], times["full"]),
     }

@@ -16,10 +16,10 @@ from rl_exit.criteria.base import Criterion
 from rl_exit.stepping import LayeredModel, Left, Survivors, advance, join
 
 ENOUGH_TOKENS, MOST_TOKENS = 384, 768
-"""On a CPU a layer runs at full speed between about so many tokens (measured on MiniLM, H = 384, microseconds a token
-at best: 86 for 48 tokens, 62 for 96, 58 for 192, 51 to 53 from 384 to 1500, 59 for 3000). A group of enough tokens
-gains nothing by waiting and would only be padded; one of more than most reads and writes past the caches (a file at
-batch size 128 took 27 % less time in such parts)."""
+"""On a CPU. Measured on MiniLM (H = 384) with one thread, microseconds a token and layer at best: 86 for 48 tokens, 62
+for 96, 58 for 192, 51 to 53 from 384 to 1500, 59 for 3000. A group of enough tokens therefore gains nothing by waiting,
+and would only be padded. What a pass writes must fit the caches too, where the measure above was of one group alone: a
+file at batch size 128 took 26 % less time in parts of at most 1024 tokens, 28 % less in parts of 768 or 512."""
 
 
 def limits(device: torch.device) -> tuple[int | None, int | None]:
@@ -28,8 +28,15 @@ def limits(device: torch.device) -> tuple[int | None, int | None]:
 
 
 def part_of(rows: int, longest: int, tokens: int | None) -> int:
-    """How many of ``rows`` rows, padded to ``longest``, run together within ``tokens``: one of few even parts."""
-    return rows if tokens is None else -(-rows // max(1, -(-rows * longest // tokens)))
+    """How many of ``rows`` rows, padded to ``longest``, run together within ``tokens`` (one row at least).
+
+    The size of even parts, as few as can be; None: all.
+    """
+    return rows if tokens is None else -(-rows // -(-rows // _fitting(longest, tokens)))
+
+
+def _fitting(longest: int, tokens: int) -> int:
+    return max(1, tokens // max(longest, 1))
 
 
 class DepthPool:
@@ -66,8 +73,8 @@ class DepthPool:
         Args:
             layer: Where they wait.
             most: Rows.
-            tokens: How many a group has at most with its padding, if it has more than one row; a waiting group of more
-                is cut into even parts. None: no limit.
+            tokens: How many it has at most with its padding, if it has more than one row; the first that waits is cut
+                into even parts if it has more. None: no limit.
 
         Raises:
             ValueError: Nobody waits there.
@@ -80,19 +87,22 @@ class DepthPool:
             group = queue[0]
             longest = max(longest, group.longest)
             if parts:
-                free = most - taken if tokens is None else min(most, tokens // longest) - taken
+                free = most - taken if tokens is None else min(most, _fitting(longest, tokens)) - taken
             else:
                 free = part_of(min(most, len(group)), longest, tokens)
             if free < 1:
                 break
             queue.popleft()
             self._tokens[layer] -= len(group) * group.longest
-            if len(group) > free:
+            cut = len(group) > free
+            if cut:
                 group, rest = group.split(free)
                 queue.appendleft(rest)
                 self._tokens[layer] += len(rest) * rest.longest
             parts.append(group)
             taken += len(group)
+            if cut:
+                break
         self._counts[layer] -= taken
         return join(parts)
 

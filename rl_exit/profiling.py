@@ -70,16 +70,16 @@ def profile(
                 size, length = cell
                 together = part_of(size, length, limits(model.device)[1])  # as the engine runs them
                 ids = torch.from_numpy(generator.integers(0, vocabulary, (together, length))).to(model.device)
-                taken = _timed(model, ids).times(size / together)
+                taken = _timed(model, ids)
                 spent[cell] += taken.embed + sum(taken.layers) + sum(taken.exits) + sum(taken.policy)
                 if number:
-                    passes.append(taken)
+                    passes.append(taken.times(size / together))
             if progress is not None:
                 progress.update(number + 1)
     shape = (len(sizes), len(tokens))
     embed = np.array([[_median([p.embed for p in found[s, t]]) for t in tokens] for s in sizes])
     each = np.array([[_columns([p.layers for p in found[s, t]]) for t in tokens] for s in sizes])
-    # Heads read one state per text, whatever its length.
+    # Heads read one state per text, whatever its length (and run once a part, which is little beside its layers).
     exits = np.array([np.median([_columns([p.exits for p in found[s, t]]) for t in tokens], axis=0) for s in sizes])
     policy = np.array([np.median([_columns([p.policy for p in found[s, t]]) for t in tokens], axis=0) for s in sizes])
     return CostModel(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rl_exit import EarlyExitModel
+from rl_exit import EarlyExitModel, pooling, profiling
 from rl_exit.costs import FILE, CostModel, read_costs, write_costs
 from rl_exit.errors import ConfigError, RunError
 from rl_exit.profiling import profile
@@ -67,3 +67,25 @@ def test_a_model_is_profiled(tiny_backbone: Path):
     for sizes, lengths in (([0], [4]), ([1], [33])):
         with pytest.raises(ConfigError, match="lengths up to the model's 32"):
             profile(model, sizes, lengths)
+
+
+def test_a_batch_is_timed_in_the_parts_in_which_it_runs(tiny_backbone: Path, monkeypatch):
+    """A row takes 1 ms a layer, whatever its length."""
+    model = EarlyExitModel.from_backbone(str(tiny_backbone), ("a", "b"), max_length=32)
+    timed, rows = profiling._timed, []
+
+    def even(model, ids):
+        rows.append(len(ids))
+        found = timed(model, ids)
+        found.embed = 1e-3 * len(ids)
+        for each in (found.layers, found.exits, found.policy):
+            each[:] = [1e-3 * len(ids)] * len(each)
+        return found
+
+    monkeypatch.setattr(pooling, "MOST_TOKENS", 32)
+    monkeypatch.setattr(profiling, "_timed", even)
+    costs = profile(model, [1, 8], [4, 8, 32], runs=3)
+    assert rows[:6] == [1, 1, 1, 8, 4, 1]
+    for figures in (costs.embed, costs.exits, costs.policy, costs.layers):
+        np.testing.assert_allclose(figures[0], 1e-3)
+        np.testing.assert_allclose(figures[1], 8e-3)

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from rl_exit import EarlyExitModel
+from rl_exit import pooling as pools
 from rl_exit.criteria import Carry, ConsistentEE, Fixed, LayerView, criterion
 from rl_exit.data.instances import Instances
 from rl_exit.errors import ConfigError, DataError
 from rl_exit.inference import run_batch, run_instances
 from rl_exit.models.pretrained import find_source, load_tokenizer
-from rl_exit.pooling import ENOUGH_TOKENS, DepthPool
+from rl_exit.pooling import DepthPool
 from rl_exit.stepping import advance, enter, enter_singly
 
 WORDS = ("cat", "dog", "horse", "saw", "drill", "the", "red", "near", "under", "my", "found")
@@ -193,7 +194,11 @@ def test_files_are_answered_as_row_by_row(models, name, pooled, data):
     # Rows whose marks nearly coincide (equal texts) leave together.
     exits = [exits[int((marks - mark).abs().lt(1e-4).nonzero()[0])] for mark in marks]
     rule = Dated(torch.tensor(exits), marks)
-    out = run_instances(model, rows, rule, size, pooled=pooled)
+    most = data.draw(st.sampled_from([1, 50, 768]), "most tokens")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pools, "MOST_TOKENS", most)
+        patch.setattr(pools, "ENOUGH_TOKENS", (most + 1) // 2)
+        out = run_instances(model, rows, rule, size, pooled=pooled)
     assert out.exit_layer.tolist() == exits
     expected = torch.stack([one.logits[0, layer - 1] for one, layer in zip(alone, exits, strict=True)])
     torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=0)
@@ -260,8 +265,10 @@ def test_single_rows_enter_together_and_run_alone(models, name, monkeypatch):
     )
 
 
-def test_enough_tokens_do_not_wait(model):
+def test_enough_tokens_do_not_wait(model, monkeypatch):
     """Survivors that fill a CPU go on at once, unpadded, rather than wait for others of another length."""
+    enough = 100
+    monkeypatch.setattr(pools, "ENOUGH_TOKENS", enough)
     rows = instances_of([40] * 8 + [30] * 8, 0)
     with torch.no_grad():
         score = model.all_exits(**rows.batch(range(16))).logits[:, 0, 0]
@@ -270,9 +277,8 @@ def test_enough_tokens_do_not_wait(model):
         run_instances(model, rows, rule, 8)
     left = {length: int((part > rule.bound).sum()) for length, part in ((40, score[:8]), (30, score[8:]))}
     assert left[40] + left[30] == 8
-    for length, gone in left.items():
-        if (8 - gone) * length >= ENOUGH_TOKENS:
-            assert (2, 8 - gone, length) in calls
+    at_once = {length: 8 - gone for length, gone in left.items() if (8 - gone) * length >= enough}
+    assert at_once and all((2, stay, length) in calls for length, stay in at_once.items())
 
 
 def test_few_rows_wait_at_any_time(model, monkeypatch):

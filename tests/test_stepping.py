@@ -118,12 +118,13 @@ def test_the_pool_cuts_what_has_too_many_tokens(model):
     pool, rule = DepthPool(model.num_layers), Fixed(3)
     for number, lengths in ((0, [5] * 7), (10, [4, 6]), (20, [9])):
         pool.put(enter(model, batch_of(*lengths), rule, np.arange(number, number + len(lengths))))
-    assert pool.take(0, 99, 20).rows.tolist() == [0, 1, 2, 3], "35 tokens in two parts"
+    assert pool.take(0, 99, 34).rows.tolist() == [0, 1, 2, 3], "35 tokens in two even parts"
     assert pool.take(0, 99, 20).rows.tolist() == [4, 5, 6], "the next is of 6 tokens, and four of those are 24"
     assert pool.take(0, 2, 99).rows.tolist() == [10, 11]
     assert pool.take(0, 99, 3).rows.tolist() == [20], "a row is never cut"
     assert len(pool) == 0 and pool.ready(99, 1) is None
     assert [part_of(7, 5, most) for most in (None, 35, 34, 5, 1)] == [7, 7, 4, 1, 1]
+    assert part_of(5, 5, 13) == 2 and part_of(3, 0, 13) == 3
 
 
 @torch.inference_mode()
@@ -136,7 +137,7 @@ def test_a_batch_of_too_many_tokens_is_answered_in_parts(model, monkeypatch):
         return plain_step(layer, state)
 
     monkeypatch.setattr(model.backbone, "step", step)
-    lengths = [3, 5, 9, 9, 12, 1, 7]
+    lengths = [9, 12, 9, 3, 5, 1, 7]
 
     def answers():
         ran.clear()
