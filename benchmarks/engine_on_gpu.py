@@ -4,9 +4,10 @@ python benchmarks/engine_on_gpu.py MODEL TEXTS > benchmarks/results/engine-gpu.j
 
 MODEL is a model folder, TEXTS a file of tokenised instances that nothing was fitted to (runs/NAME/data/held.arrow). It
 runs with kernels and without (``RL_EXIT_GPU_KERNELS=0``); then, with kernels, a model of BERT-large's size runs in
-float32 and bfloat16, whose weights are random, as are therefore its exits: how layers saved become time saved does not
-depend on what they say. The threshold is the one at which half of the layers are saved. Variants and figures are those
-of ``rl-exit bench inference``; needs torch with a GPU, transformers, pyarrow and pydantic, and no Ray.
+float32 and bfloat16, whose weights are random, as are therefore its exits: a measure of time, not of what they say. The
+threshold is the one next to which half of the layers are saved; where many texts leave together, that is not near.
+Variants and figures are those of ``rl-exit bench inference``; needs torch with a GPU, transformers, pyarrow and
+pydantic, and no Ray.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ LARGE_SHAPE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_head
 
 
 def half_of_the_layers(model: EarlyExitModel, texts: Instances) -> float:
-    """The threshold whose mean exit layer is nearest to L / 2."""
+    """The threshold at which the mean exit layer crosses L / 2."""
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
@@ -53,7 +54,7 @@ def half_of_the_layers(model: EarlyExitModel, texts: Instances) -> float:
 
 
 def large_model(like: EarlyExitModel, shape: dict[str, int]) -> EarlyExitModel:
-    """A BERT of another size with random weights, for the same tokens, whose texts leave at different layers."""
+    """A BERT of another size with random weights, for the same tokens."""
     config = transformers.BertConfig(vocab_size=len(like.tokenizer), **shape)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

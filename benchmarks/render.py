@@ -400,8 +400,11 @@ def on_gpu(results: dict[str, Any]) -> str:
     large = results["runs"]["large"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     origin = f"`{results['command']}`, {results['date']}: {results['device']}, {versions}. "
-    origin += f"*Large*: {large['num_layers']} layers of {large['hidden_size']}, random weights; "
-    origin += f"{results['texts']['large']} texts, as without kernels."
+    origin += f"float32 where nothing else is said. *Large*: {large['num_layers']} layers of {large['hidden_size']}, "
+    origin += f"random weights; {results['texts']['large']} texts there and without kernels, else "
+    origin += (
+        f"{results['texts']['small']} (at batch size 1 at most {results['runs']['kernels']['engine']['1']['texts']})."
+    )
     return f"{markdown_table(header, rows)}\n{origin}\n"
 
 

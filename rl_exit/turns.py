@@ -45,7 +45,7 @@ def in_turn(
     after_round: Callable[[int], None] = lambda number: None,
     settle: Callable[[], Any] = lambda: None,
 ) -> Turns:
-    """Run passes in turn, ``rounds`` times, after once one after the other, which is not counted.
+    """Run passes in turn, ``rounds`` times, after one run of each that is not counted.
 
     Args:
         passes: By name, at least one.
@@ -55,6 +55,9 @@ def in_turn(
         seed: Of the order in which passes take their turn.
         after_round: Told the number of rounds done, the first one included.
         settle: Waits until work is done that was only begun, as on a GPU; called at the end of each slice.
+
+    Raises:
+        RuntimeError: A pass has not done the same pieces again.
     """
     pieces, seconds = {}, {}
     for name, start in passes.items():
@@ -67,17 +70,18 @@ def in_turn(
     rng, names = np.random.default_rng(seed), list(passes)
     taken = {name: np.zeros((2, rounds, slices)) for name in names}
     for number in range(rounds):
-        running = {name: passes[name]() for name in names}
+        running, did = {name: passes[name]() for name in names}, dict.fromkeys(names, 0)
         for part in range(slices):
             for place in rng.permutation(len(names)):
                 name = names[place]
                 done, goal = (pieces[name] * share // slices for share in (part, part + 1))
                 began, busy = time.perf_counter(), time.process_time()
                 # The last slice runs to the end, what comes after the last piece included.
-                for _ in islice(running[name], None if part == slices - 1 else goal - done):
-                    pass
+                did[name] += sum(1 for _ in islice(running[name], None if part == slices - 1 else goal - done))
                 settle()
                 taken[name][:, number, part] = time.perf_counter() - began, time.process_time() - busy
+        if did != pieces:
+            raise RuntimeError(f"passes of {pieces} pieces have done {did} in round {number + 1}")
         after_round(2 + number)
     return Turns({name: taken[name][0] for name in names}, {name: taken[name][1] for name in names})
 

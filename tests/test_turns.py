@@ -113,6 +113,12 @@ def test_work_that_was_only_begun_counts_where_it_was_begun(monkeypatch):
     assert took.wall["slow"].tolist() == [[2.0] * 8] * 2 and took.wall["fast"].tolist() == [[1.0] * 8] * 2
 
 
+def test_a_pass_that_does_less_the_next_time_is_no_pass(monkeypatch):
+    world, counts = World(monkeypatch), iter([8, 8, 7])
+    with pytest.raises(RuntimeError, match=r"\{'lazy': 8\} pieces have done \{'lazy': 7\} in round 2"):
+        in_turn({"lazy": lambda: world.one("lazy", 1.0, pieces=next(counts))()}, rounds=2)
+
+
 def test_rounds_are_told(monkeypatch):
     world, told = World(monkeypatch), []
     in_turn({"a": world.one("a", 1.0, pieces=2)}, rounds=2, after_round=told.append)

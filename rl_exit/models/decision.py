@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rl_exit.criteria.base import Parted
@@ -38,13 +39,15 @@ class CompiledExits(ABC):
 
     Args:
         weights: Of the modules.
+        dtype: Of the hidden states.
 
     Attributes:
         device: Where the hidden states must be.
+        dtype: What they must be.
     """
 
-    def __init__(self, weights: HeadWeights) -> None:
-        self._weights, self.device = weights, weights.device
+    def __init__(self, weights: HeadWeights, dtype: torch.dtype) -> None:
+        self._weights, self.device, self.dtype = weights, weights.device, dtype
         self._classes = weights.exits.num_classes
         self._kept = 3 * weights.exits.num_classes + 3  # numbers of memory a row
 

@@ -526,8 +526,10 @@ class EarlyExitModel(PreTrainedModel):
                 self._native = None
                 return None
             parts = self.exits, self.answer_heads, None if confident else self.policy
-            if native is None or not native.serves(*parts):
-                native = self._native = (NativeExits if near else GpuExits).of(*parts, settings["pooling"])
+            if native is None or native.dtype != hidden.dtype or not native.serves(*parts):
+                native = self._native = (NativeExits if near else GpuExits).of(
+                    *parts, settings["pooling"], hidden.dtype
+                )
                 if native is None:
                     return None
         if native.device != hidden.device:

@@ -32,10 +32,11 @@ class GpuExits(CompiledExits):
         weights: Of the modules, float32.
         pooling: ``"cls"``, ``"mean"`` or ``"last"``.
         decide: The kernel.
+        dtype: Of the hidden states, any float.
     """
 
-    def __init__(self, weights: HeadWeights, pooling: str, decide: Any) -> None:
-        super().__init__(weights)
+    def __init__(self, weights: HeadWeights, pooling: str, decide: Any, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(weights, dtype)
         self._decide = decide
         exits, tensors = weights.exits, weights.tensors
         nothing = tensors[0]  # stands where nothing is read
@@ -60,7 +61,7 @@ class GpuExits(CompiledExits):
 
     @classmethod
     def of(
-        cls, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None, pooling: str
+        cls, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None, pooling: str, dtype: torch.dtype
     ) -> GpuExits | None:
         """None where there is no kernel, or the weights are not float32 on a GPU, or too wide for it."""
         found = kernels()
@@ -74,11 +75,15 @@ class GpuExits(CompiledExits):
         }
         if any(sizes[key] > WIDEST[key] for key in sizes):
             return None
-        made = cls(weights, pooling, found.decide)
-        if (shape := tuple(made._constants.values())) in _failed:
+        made = cls(weights, pooling, found.decide, dtype)
+        if (shape := (*made._constants.values(), dtype)) in _failed:
             return None
-        try:
-            made._launch(1, torch.zeros((1, 1, exits.hidden_size), device=weights.device), None, {}, 0.0)
+        hidden = torch.zeros((1, 1, exits.hidden_size), device=weights.device, dtype=dtype)
+        try:  # all that will be asked for: a text is not to be given up at its second layer
+            for lengths in (None, torch.ones(1, dtype=torch.int64, device=weights.device)):
+                carry: dict[str, Tensor] = {}
+                for layer in (1, 2):
+                    made._launch(min(layer, exits.num_layers - 1), hidden, lengths, carry, 0.0)
         except Exception as error:  # noqa: BLE001 - whatever a compiler may raise, torch computes the same
             _failed.add(shape)
             logging.getLogger(__name__).warning("no kernel for these exits: %s: %s", type(error).__name__, error)

@@ -48,7 +48,7 @@ class NativeExits(CompiledExits):
     """
 
     def __init__(self, weights: HeadWeights, pooling: str, decide: Callable[..., int]) -> None:
-        super().__init__(weights)
+        super().__init__(weights, torch.float32)
         self._decide = decide
         exits, addresses = weights.exits, [weight.data_ptr() for weight in weights.tensors]
         widths = weights.policy_width, weights.answer_width
@@ -59,12 +59,12 @@ class NativeExits(CompiledExits):
 
     @classmethod
     def of(
-        cls, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None, pooling: str
+        cls, exits: ExitHeads, heads: AnswerHeads | None, policy: PolicyHeads | None, pooling: str, dtype: torch.dtype
     ) -> NativeExits | None:
-        """The compiled form; None where there is none on this machine, or the weights are not float32 on the CPU."""
+        """The compiled form; None where there is none on this machine, or something is not float32 on the CPU."""
         decide = _function()
         weights = None if decide is None else HeadWeights(exits, heads, policy)
-        if decide is None or weights is None or not weights.readable("cpu"):
+        if decide is None or weights is None or not weights.readable("cpu") or dtype != torch.float32:
             return None
         return cls(weights, pooling, decide)
 

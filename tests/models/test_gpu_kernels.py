@@ -214,11 +214,30 @@ def test_a_kernel_that_cannot_be_had_is_tried_once(kernels, monkeypatch):
     monkeypatch.setattr("rl_exit.models.gpu_exits.kernels", lambda: SimpleNamespace(decide=Refuses()))
     monkeypatch.setattr(HeadWeights, "readable", lambda self, kind: True)
     exits, heads, policy = heads_of(True, True, True, 24, 3, 3)
-    assert GpuExits.of(exits, heads, policy, "mean") is None
-    assert GpuExits.of(exits, heads, policy, "mean") is None and len(tried) == 1
-    assert GpuExits.of(exits, heads, policy, "cls") is None and len(tried) == 2
+    assert GpuExits.of(exits, heads, policy, "mean", torch.float32) is None
+    assert GpuExits.of(exits, heads, policy, "mean", torch.float32) is None and len(tried) == 1
+    assert GpuExits.of(exits, heads, policy, "cls", torch.float32) is None and len(tried) == 2
     monkeypatch.setattr("rl_exit.models.gpu_exits.kernels", lambda: kernels)
-    assert GpuExits.of(exits, heads, policy, "last") is not None
+    assert GpuExits.of(exits, heads, policy, "last", torch.float32) is not None
+
+
+@torch.inference_mode()
+def test_rows_that_no_kernel_copies_are_copied_by_torch(monkeypatch):
+    """Tried once for each kind of rows; what is wrong with the rows themselves is told all the same."""
+    tried = []
+
+    class Refuses:
+        def __getitem__(self, grid):
+            tried.append(grid)
+            raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(rows, "_failed", set())
+    given = [torch.randn(2, 3, 4)], [torch.tensor([3, 1])], [np.array([1])]
+    assert rows._tried_on_gpu(Refuses(), *given, 3) is None
+    assert rows._tried_on_gpu(Refuses(), *given, 3) is None and len(tried) == 1
+    with pytest.raises(IndexError):
+        rows._tried_on_gpu(Refuses(), [torch.randn(2, 3, 5)], given[1], [np.array([-1])], 3)
+    assert rows._tried_on_gpu(Refuses(), [given[0][0].double()], *given[1:], 3) is None and len(tried) == 2
 
 
 @needs_gpu

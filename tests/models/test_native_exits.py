@@ -53,7 +53,8 @@ def batch_of(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
 def both(model: EarlyExitModel, batch: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Answers and log-odds of every layer below L: compiled, and by the modules."""
     found, carry, memory = [], {}, {}
-    quick = native_exits.NativeExits.of(model.exits, model.answer_heads, model.policy, model.config.pooling)
+    parts = model.exits, model.answer_heads, model.policy
+    quick = native_exits.NativeExits.of(*parts, model.config.pooling, torch.float32)
     assert quick is not None
     with torch.inference_mode():
         state = model.backbone.begin(**batch)

@@ -8,6 +8,7 @@ which reads and writes every row and finds its own code cold after a layer; comp
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from rl_exit.native import function
 SOURCE = Path(__file__).with_name("native_rows.c")
 GPU_TILE = 4096  # numbers that a block of a GPU's threads copies
 Indices = npt.NDArray[np.int64]
+_failed: set[tuple[int, torch.dtype]] = set()  # rows for which the kernel could not be had
 
 
 class _Source(ctypes.Structure):
@@ -69,7 +71,9 @@ def pad_rows(
     first = sources[0]
     alike = not torch.is_grad_enabled() and all(source.dtype == first.dtype for source in sources)
     if alike and first.is_cuda and (found := kernels()) is not None:
-        return _padded_on_gpu(found.gather, sources, lengths, rows, tokens)
+        made = _tried_on_gpu(found.gather, sources, lengths, rows, tokens)
+        if made is not None:
+            return made
     gather = _function() if alike and first.is_cpu else None
     if gather is None:
         return _padded_by_torch(sources, lengths, rows, tokens)
@@ -120,6 +124,23 @@ def _padded_by_torch(
     if len(own) and int(own.max()) > tokens:
         raise _too_long(tokens)
     return Padded(hidden, own, len(own) > 0 and int(own.min()) < tokens, None)
+
+
+def _tried_on_gpu(
+    gather: Any, sources: Sequence[Tensor], lengths: Sequence[Tensor], rows: Sequence[Indices | None], tokens: int
+) -> Padded | None:
+    """None where the kernel cannot be had for rows of this kind, which is tried once."""
+    kind = sources[0].shape[2], sources[0].dtype
+    if kind in _failed:
+        return None
+    try:
+        return _padded_on_gpu(gather, sources, lengths, rows, tokens)
+    except (IndexError, ValueError):
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a compiler may raise, torch does the same
+        _failed.add(kind)
+        logging.getLogger(__name__).warning("no kernel for rows of %s %s: %s: %s", *kind, type(error).__name__, error)
+        return None
 
 
 def _padded_on_gpu(
