@@ -17,7 +17,7 @@ def _log1p(x):
     return tl.where(x < 0.02, x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * 0.25))), tl.log(1.0 + x))
 
 
-@triton.jit(do_not_specialize=["tokens", "layer"], do_not_specialize_on_alignment=["lengths", "odds"])
+@triton.jit(do_not_specialize=["tokens", "layer"], do_not_specialize_on_alignment=["lengths"])
 def decide(
     hidden,  # [B,T,H], any float
     lengths,  # int64 [B]; read where PADDED

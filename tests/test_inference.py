@@ -194,7 +194,7 @@ def test_files_are_answered_as_row_by_row(models, name, pooled, data):
     # Rows whose marks nearly coincide (equal texts) leave together.
     exits = [exits[int((marks - mark).abs().lt(1e-4).nonzero()[0])] for mark in marks]
     rule = Dated(torch.tensor(exits), marks)
-    most = data.draw(st.sampled_from([1, 50, 512]), "most tokens")
+    most = data.draw(st.sampled_from([1, 50, 768]), "most tokens")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pools, "MOST_TOKENS", most)
         patch.setattr(pools, "ENOUGH_TOKENS", (most + 1) // 2)

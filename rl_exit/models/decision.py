@@ -18,30 +18,17 @@ from rl_exit.models.policy import PolicyHeads
 
 
 class Decision(NamedTuple):
-    """One decision. What is seldom asked for is taken out of what was written when it is.
+    """One decision.
 
     Attributes:
-        written: float32, the answers of all rows, then the odds of all rows, then anything.
-        rows: B.
-        classes: C.
+        answers: float32 [B, C], logits of what each row would answer here.
+        odds: float32 [B], log-odds of Exit.
         apart: Whose odds exceed the cut, and who stays; None: nobody's do.
     """
 
-    written: Tensor
-    rows: int
-    classes: int
+    answers: Tensor
+    odds: Tensor
     apart: Parted | None
-
-    @property
-    def answers(self) -> Tensor:
-        """float32 [B, C], logits of what each row would answer here."""
-        return self.written[: self.rows * self.classes].view(self.rows, self.classes)
-
-    @property
-    def odds(self) -> Tensor:
-        """float32 [B], log-odds of Exit."""
-        start = self.rows * self.classes
-        return self.written[start : start + self.rows]
 
 
 class CompiledExits(ABC):

@@ -493,7 +493,7 @@ class EarlyExitModel(PreTrainedModel):
         """What the policy answers at every layer, [B, L, C], from states [B, L, H] and the exits' logits [B, L, C]."""
         return logits if self.answer_heads is None else self.answer_heads(states, logits)
 
-    def _exit_logit(self, view: _View, carry: Carry, state: StepState) -> Tensor:
+    def _exit_logit(self, view: LayerView, carry: Carry, state: StepState) -> Tensor:
         """Log-odds of Exit of one layer, [B]; what the exits answered is remembered in the carry."""
         inputs = self.config.policy_inputs
         if (decision := self._decide(view, carry, state, math.inf)) is not None:
@@ -506,12 +506,12 @@ class EarlyExitModel(PreTrainedModel):
         pooled = None if inputs == "answers" else view.state
         return self.policy.at(view.layer, policy_input(inputs, pooled, figures))
 
-    def _leaving(self, view: _View, carry: Carry, state: StepState, cut: float) -> Parted | None:
+    def _leaving(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> Parted | None:
         """Who has log-odds above the cut; None: nobody."""
         decision = self._decide(view, carry, state, cut)
         return parted(self._exit_logit(view, carry, state).float() > cut) if decision is None else decision.apart
 
-    def _decide(self, view: _View, carry: Carry, state: StepState, cut: float) -> Decision | None:
+    def _decide(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> Decision | None:
         """The decision in compiled code, which knows the answers too; None where it cannot be had."""
         hidden = state.hidden
         near = hidden.is_cpu
@@ -535,7 +535,7 @@ class EarlyExitModel(PreTrainedModel):
         if native.device != hidden.device:
             return None
         decision = native.decide(view.layer, self.backbone.hidden(view.layer, state), state, carry, cut)
-        view.decision = decision
+        view.answered(decision.answers)
         return decision
 
     def _quick_policy(self, logits: Tensor) -> QuickPolicy | None:
@@ -557,13 +557,7 @@ class EarlyExitModel(PreTrainedModel):
 
 
 class _View(LayerView):
-    """What a criterion sees of an :class:`EarlyExitModel`; made once a step, so it keeps no functions.
-
-    Attributes:
-        decision: In compiled code, once it was asked for; it brings the answer along.
-    """
-
-    decision: Decision | None = None
+    """What a criterion sees of an :class:`EarlyExitModel`; made once a step, so it keeps no functions."""
 
     def __init__(self, model: EarlyExitModel, layer: int, state: StepState) -> None:
         self.layer, self.num_layers = layer, model.num_layers
@@ -577,8 +571,6 @@ class _View(LayerView):
         return self._model.exits.at(self.layer, self.state)
 
     def _answer(self) -> Tensor:
-        if self.decision is not None:
-            return self.decision.answers
         heads = self._model.answer_heads
         return self.logits if heads is None else heads.at(self.layer, self.state, self.logits)
 

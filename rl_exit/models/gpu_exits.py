@@ -96,26 +96,26 @@ class GpuExits(CompiledExits):
         With an infinite cut the device is asked nothing.
         """
         lengths = state.device_lengths if state.padded else None
-        written, leaving = self._launch(layer, hidden.contiguous(), lengths, carry, cut)
-        return Decision(written, len(hidden), self._classes, None if cut == math.inf else parted(leaving))
+        answers, odds, leaving = self._launch(layer, hidden.contiguous(), lengths, carry, cut)
+        return Decision(answers, odds, None if cut == math.inf else parted(leaving))
 
     def _launch(
         self, layer: int, hidden: Tensor, lengths: Tensor | None, carry: dict[str, Tensor], cut: float
-    ) -> tuple[Tensor, Tensor]:
-        """Answers and odds, as :class:`Decision` has them, and whether these exceed the cut, bool [B]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Answers [B, C], odds [B] and whether they exceed the cut, bool [B]."""
         rows, tokens, _ = hidden.shape
         like: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
-        after, written = torch.empty((rows, self._kept), **like), torch.empty(rows * (self._classes + 1), **like)
-        leaving = torch.empty(rows, dtype=torch.bool, device=hidden.device)
+        after, answers = torch.empty((rows, self._kept), **like), torch.empty((rows, self._classes), **like)
+        odds, leaving = torch.empty(rows, **like), torch.empty(rows, dtype=torch.bool, device=hidden.device)
         with on(hidden.device):
             self._decide[(rows,)](
                 hidden,
-                written if lengths is None else lengths,
+                answers if lengths is None else lengths,
                 *self._arrays,
                 carry[KEY].contiguous() if layer > 1 else after,
                 after,
-                written,
-                written[rows * self._classes :],
+                answers,
+                odds,
                 leaving,
                 tokens,
                 layer,
@@ -126,4 +126,4 @@ class GpuExits(CompiledExits):
                 **self._constants,
             )
         carry[KEY] = after
-        return written, leaving
+        return answers, odds, leaving

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,12 +80,8 @@ class NativeExits(CompiledExits):
                 memory = memory.contiguous()
             before = memory.data_ptr()
         like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        after = torch.empty((rows, self._kept), **like)
-        # Answers, odds and the order of rows (int64) in one: each allocation finds its own code cold.
-        odds = rows * self._classes
-        order = odds + rows + (odds + rows) % 2
-        written = torch.empty(order + 2 * rows, **like)
-        start = written.data_ptr()
+        after, answers = torch.empty((rows, self._kept), **like), torch.empty((rows, self._classes), **like)
+        odds, order = torch.empty(rows, **like), torch.empty(rows, dtype=torch.int64, device="cpu")
         leaving = self._decide(
             self._pointer,
             layer,
@@ -97,17 +92,17 @@ class NativeExits(CompiledExits):
             cut,
             before,
             after.data_ptr(),
-            start,
-            start + 4 * odds,
-            start + 4 * order,
+            answers.data_ptr(),
+            odds.data_ptr(),
+            order.data_ptr(),
         )
         if leaving < 0:
             raise MemoryError(f"no memory for an exit decision on {rows} rows")
         carry[KEY] = after
         if not leaving:
-            return Decision(written, rows, self._classes, None)
-        numbers = written[order:].numpy().view(np.int64)
-        return Decision(written, rows, self._classes, Parted(numbers[:leaving], numbers[leaving:]))
+            return Decision(answers, odds, None)
+        numbers = order.numpy()
+        return Decision(answers, odds, Parted(numbers[:leaving], numbers[leaving:]))
 
 
 @cache
