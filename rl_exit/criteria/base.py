@@ -113,10 +113,6 @@ class LayerView:
         """What the policy answers for rows that leave here, logits [B, C]."""
         return self.logits if self._answer is None else self._answer()
 
-    def answered(self, answer: Tensor) -> None:
-        """Keep what the policy answers, [B, C], where its decision has brought it along."""
-        self.__dict__["answer"] = answer
-
     def leaving(self, above: float, carry: Carry) -> Parted | None:
         """Whose log-odds of Exit exceed a value; None: nobody's. In place of :meth:`exit_logit`."""
         return parted(self.exit_logit(carry).float() > above)

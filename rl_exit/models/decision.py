@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,18 +17,20 @@ from rl_exit.models.head_weights import HeadWeights
 from rl_exit.models.policy import PolicyHeads
 
 
-class Decision(NamedTuple):
-    """One decision.
+class Decision(Protocol):
+    """One decision for B rows."""
 
-    Attributes:
-        answers: float32 [B, C], logits of what each row would answer here.
-        odds: float32 [B], log-odds of Exit.
-        apart: Whose odds exceed the cut, and who stays; None: nobody's do.
-    """
+    @property
+    def answers(self) -> Tensor:
+        """Logits of what each row would answer here, float32 [B, C]."""
 
-    answers: Tensor
-    odds: Tensor
-    apart: Parted | None
+    @property
+    def odds(self) -> Tensor:
+        """Log-odds of Exit, float32 [B]."""
+
+    @property
+    def apart(self) -> Parted | None:
+        """Whose odds exceed the cut, and who stays; None: nobody's do."""
 
 
 class CompiledExits(ABC):
@@ -49,7 +51,10 @@ class CompiledExits(ABC):
     def __init__(self, weights: HeadWeights, dtype: torch.dtype) -> None:
         self._weights, self.device, self.dtype = weights, weights.device, dtype
         self._classes = weights.exits.num_classes
-        self._kept = 3 * weights.exits.num_classes + 3  # numbers of memory a row
+
+    def reads(self, hidden: Tensor) -> bool:
+        """Whether it decides on hidden states like these."""
+        return hidden.dtype == self.dtype and hidden.device == self.device
 
     @abstractmethod
     def decide(self, layer: int, hidden: Tensor, state: StepState, carry: dict[str, Tensor], cut: float) -> Decision:

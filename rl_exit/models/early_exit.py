@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 
 from rl_exit.criteria import Carry, ConsistentEE, Criterion, LayerView
-from rl_exit.criteria.base import Parted, parted
+from rl_exit.criteria.base import Parted
 from rl_exit.errors import ModelError
 from rl_exit.inference import run_batch, run_texts
 from rl_exit.models import folder, pretrained
@@ -493,11 +493,9 @@ class EarlyExitModel(PreTrainedModel):
         """What the policy answers at every layer, [B, L, C], from states [B, L, H] and the exits' logits [B, L, C]."""
         return logits if self.answer_heads is None else self.answer_heads(states, logits)
 
-    def _exit_logit(self, view: LayerView, carry: Carry, state: StepState) -> Tensor:
+    def _exit_logit(self, view: LayerView, carry: Carry) -> Tensor:
         """Log-odds of Exit of one layer, [B]; what the exits answered is remembered in the carry."""
         inputs = self.config.policy_inputs
-        if (decision := self._decide(view, carry, state, math.inf)) is not None:
-            return decision.odds
         if self.config.policy_rule == "confidence":
             return confidence_log_odds(view.answer)
         if inputs == "answers" and (quick := self._quick_policy(view.answer)) is not None:
@@ -506,37 +504,28 @@ class EarlyExitModel(PreTrainedModel):
         pooled = None if inputs == "answers" else view.state
         return self.policy.at(view.layer, policy_input(inputs, pooled, figures))
 
-    def _leaving(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> Parted | None:
-        """Who has log-odds above the cut; None: nobody."""
-        decision = self._decide(view, carry, state, cut)
-        return parted(self._exit_logit(view, carry, state).float() > cut) if decision is None else decision.apart
-
-    def _decide(self, view: LayerView, carry: Carry, state: StepState, cut: float) -> Decision | None:
+    def _decide(self, layer: int, state: StepState, carry: Carry, cut: float) -> Decision | None:
         """The decision in compiled code, which knows the answers too; None where it cannot be had."""
-        hidden = state.hidden
-        near = hidden.is_cpu
-        if not ((near and hidden.dtype == torch.float32) or hidden.is_cuda) or self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled():
             return None
-        native = self._native
-        # The configuration is asked where a text begins, and past transformers' own way to it, which is dear.
-        if native is None or view.layer == 1:
-            settings = self.config.__dict__
-            confident = settings["policy_rule"] == "confidence"
-            if settings["policy_inputs"] != "answers" and not confident:
-                self._native = None
-                return None
-            parts = self.exits, self.answer_heads, None if confident else self.policy
-            if native is None or native.dtype != hidden.dtype or not native.serves(*parts):
-                native = self._native = (NativeExits if near else GpuExits).of(
-                    *parts, settings["pooling"], hidden.dtype
-                )
-                if native is None:
-                    return None
-        if native.device != hidden.device:
+        # Modules and configuration are asked where a text begins.
+        compiled = self._compiled_exits(state.hidden) if layer == 1 else self._native
+        if compiled is None or not compiled.reads(state.hidden):
             return None
-        decision = native.decide(view.layer, self.backbone.hidden(view.layer, state), state, carry, cut)
-        view.answered(decision.answers)
-        return decision
+        return compiled.decide(layer, state.backbone.hidden(layer, state), state, carry, cut)
+
+    def _compiled_exits(self, hidden: Tensor) -> CompiledExits | None:
+        """Compiled code that reads the modules as they are now; None where there is none for them."""
+        found, settings = self._native, self.config.__dict__  # past transformers' own way to it, which is dear
+        confident = settings["policy_rule"] == "confidence"
+        parts = self.exits, self.answer_heads, None if confident else self.policy
+        if settings["policy_inputs"] != "answers" and not confident:
+            found = None
+        elif found is None or not (found.reads(hidden) and found.serves(*parts)):
+            kind = NativeExits if hidden.is_cpu else GpuExits
+            found = kind.of(*parts, settings["pooling"], hidden.dtype) if hidden.is_cpu or hidden.is_cuda else None
+        self._native = found
+        return found
 
     def _quick_policy(self, logits: Tensor) -> QuickPolicy | None:
         """The policy on numpy, where nothing is to be differentiated and all is on the CPU in float32."""
@@ -559,6 +548,8 @@ class EarlyExitModel(PreTrainedModel):
 class _View(LayerView):
     """What a criterion sees of an :class:`EarlyExitModel`; made once a step, so it keeps no functions."""
 
+    _decision: Decision | None = None  # in compiled code, once it was asked for; it knows the answer too
+
     def __init__(self, model: EarlyExitModel, layer: int, state: StepState) -> None:
         self.layer, self.num_layers = layer, model.num_layers
         self.batch_size, self.device, self.progress = state.hidden.shape[0], state.hidden.device, None
@@ -571,15 +562,19 @@ class _View(LayerView):
         return self._model.exits.at(self.layer, self.state)
 
     def _answer(self) -> Tensor:
+        if self._decision is not None:
+            return self._decision.answers
         heads = self._model.answer_heads
         return self.logits if heads is None else heads.at(self.layer, self.state, self.logits)
 
     def _exit_logit(self, carry: Carry) -> Tensor:
-        return self._model._exit_logit(self, carry, self._step)
+        decision = self._decision = self._model._decide(self.layer, self._step, carry, math.inf)
+        return self._model._exit_logit(self, carry) if decision is None else decision.odds
 
     def leaving(self, above: float, carry: Carry) -> Parted | None:
         """See :meth:`rl_exit.criteria.base.LayerView.leaving`; in compiled code where that can be had."""
-        return self._model._leaving(self, carry, self._step, above)
+        decision = self._decision = self._model._decide(self.layer, self._step, carry, above)
+        return super().leaving(above, carry) if decision is None else decision.apart
 
 
 def _weighted_loss(logits: Tensor, labels: Tensor) -> Tensor:

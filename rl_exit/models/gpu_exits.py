@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rl_exit.criteria.base import parted
+from rl_exit.criteria.base import Parted, parted
 from rl_exit.gpu import kernels, on, power_of_two
 from rl_exit.models.answer_heads import AnswerHeads
 from rl_exit.models.backbones import StepState
-from rl_exit.models.decision import CompiledExits, Decision
+from rl_exit.models.decision import CompiledExits
 from rl_exit.models.exits import ExitHeads
 from rl_exit.models.head_weights import POOLING, HeadWeights
 from rl_exit.models.policy import PolicyHeads
@@ -23,6 +23,14 @@ WIDEST = {"classes": 128, "answer_width": 256, "policy_width": 256}
 """A row's figures lie in the registers of one block of threads."""
 CHUNK, BLOCK = 64, 16
 _failed: set[tuple[Any, ...]] = set()  # constants for which the kernel could not be had
+
+
+class GpuDecision(NamedTuple):
+    """See :class:`rl_exit.models.decision.Decision`."""
+
+    answers: Tensor
+    odds: Tensor
+    apart: Parted | None
 
 
 class GpuExits(CompiledExits):
@@ -90,14 +98,14 @@ class GpuExits(CompiledExits):
             return None
         return made
 
-    def decide(self, layer: int, hidden: Tensor, state: StepState, carry: dict[str, Tensor], cut: float) -> Decision:
+    def decide(self, layer: int, hidden: Tensor, state: StepState, carry: dict[str, Tensor], cut: float) -> GpuDecision:
         """Decide for all rows; see :meth:`CompiledExits.decide`.
 
         With an infinite cut the device is asked nothing.
         """
         lengths = state.device_lengths if state.padded else None
         answers, odds, leaving = self._launch(layer, hidden.contiguous(), lengths, carry, cut)
-        return Decision(answers, odds, None if cut == math.inf else parted(leaving))
+        return GpuDecision(answers, odds, None if cut == math.inf else parted(leaving))
 
     def _launch(
         self, layer: int, hidden: Tensor, lengths: Tensor | None, carry: dict[str, Tensor], cut: float
@@ -105,7 +113,8 @@ class GpuExits(CompiledExits):
         """Answers [B, C], odds [B] and whether they exceed the cut, bool [B]."""
         rows, tokens, _ = hidden.shape
         like: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
-        after, answers = torch.empty((rows, self._kept), **like), torch.empty((rows, self._classes), **like)
+        after = torch.empty((rows, 3 * self._classes + 3), **like)
+        answers = torch.empty((rows, self._classes), **like)
         odds, leaving = torch.empty(rows, **like), torch.empty(rows, dtype=torch.bool, device=hidden.device)
         with on(hidden.device):
             self._decide[(rows,)](

@@ -219,24 +219,22 @@ static float policy(const Heads *m, int64_t head, const float *restrict x, float
 /* Decide for B rows after a layer in 1..L-1.
  *
  * hidden [B,T,H]; lengths [B], or NULL where no row is padded; before, after: memory [B,3C+3] of the layer below (not
- * read at layer 1) and of this one; answers [B,C], odds [B] and order [B] are written: what a row would answer, the
- * log-odds of Exit, and the numbers of the rows whose odds exceed cut, then of the others, each rising. Returns how many
- * leave, or -1 without memory.
+ * read at layer 1) and of this one, each row with what it would answer [C] and its log-odds of Exit behind it, so that
+ * there are 4C+4 numbers a row; order [B], or NULL where there is one row: the numbers of the rows whose odds exceed cut,
+ * then of the others, each rising. Returns how many leave, or -1 without memory.
  */
 int64_t rl_exit_decide(const Heads *m, int64_t layer, const float *hidden, int64_t rows, int64_t tokens,
-                       const int64_t *lengths, float cut, const float *before, float *after, float *answers,
-                       float *odds, int64_t *order)
+                       const int64_t *lengths, float cut, const float *before, float *after, int64_t *order)
 {
-    const int64_t size = m->hidden, c = m->classes, wide = m->answer_width, head = layer - 1, kept = 3 * c + 3;
-    float *work = malloc((size_t)(BLOCK * (size + wide) + BLOCK * c + m->width) * sizeof(float));
+    const int64_t size = m->hidden, c = m->classes, wide = m->answer_width, head = layer - 1, kept = 4 * c + 4;
+    float *work = malloc((size_t)(BLOCK * (size + wide) + 2 * BLOCK * c + m->width) * sizeof(float));
     if (work == NULL)
         return -1;
     float *state = work, *inner = state + BLOCK * size, *said = inner + BLOCK * wide;
-    float *units = said + BLOCK * c, x[FIGURES];
+    float *z = said + BLOCK * c, *units = z + BLOCK * c, x[FIGURES];
     int64_t leaving = 0, staying = 0;
     for (int64_t start = 0; start < rows; start += BLOCK) {
         const int64_t count = rows - start < BLOCK ? rows - start : BLOCK;
-        float *z = answers + start * c;
         for (int64_t r = 0; r < count; r++) {
             const int64_t row = start + r, length = lengths == NULL ? tokens : lengths[row];
             pooled(m, hidden + row * tokens * size, tokens, length, state + r * size);
@@ -253,16 +251,21 @@ int64_t rl_exit_decide(const Heads *m, int64_t layer, const float *hidden, int64
         }
         for (int64_t r = 0; r < count; r++) {
             const int64_t row = start + r;
-            odds[row] = figures(m, layer, z + r * c, before == NULL ? NULL : before + row * kept, after + row * kept, x);
+            float *mine = after + row * kept;
+            float odds = figures(m, layer, z + r * c, before == NULL ? NULL : before + row * kept, mine, x);
             if (m->width)
-                odds[row] = policy(m, head, x, units);
-            if (odds[row] > cut)
+                odds = policy(m, head, x, units);
+            memcpy(mine + 3 * c + 3, z + r * c, (size_t)c * sizeof(float));
+            mine[kept - 1] = odds;
+            if (order == NULL)
+                leaving += odds > cut;
+            else if (odds > cut)
                 order[leaving++] = row;
             else
                 order[rows - ++staying] = row;
         }
     }
-    for (int64_t i = leaving, j = rows - 1; i < j; i++, j--) { /* those who stay were written from the end */
+    for (int64_t i = leaving, j = rows - 1; order != NULL && i < j; i++, j--) { /* those who stay were written from the end */
         const int64_t row = order[i];
         order[i] = order[j];
         order[j] = row;

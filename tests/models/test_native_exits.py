@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from pathlib import Path
 
@@ -119,6 +120,27 @@ def test_the_engine_answers_the_same_without_it(backbone, monkeypatch):
     slow = run_batch(again, batch, rule)
     assert again._native is None and slow.exit_layer.equal(fast.exit_layer) and len(slow.exit_layer.unique()) > 1
     torch.testing.assert_close(fast.logits, slow.logits, atol=1e-5, rtol=1e-5)
+
+
+@compiled
+def test_a_text_begun_without_compiled_code_goes_on_in_it_and_back(backbone, monkeypatch):
+    """Both keep the same of a row, whoever was asked at the layer below."""
+    model, batch = model_of(backbone, classes=5), batch_of(LENGTHS)
+    with torch.inference_mode():
+        odds = {}
+        for first, later in itertools.product((True, False), repeat=2):
+            state, carry, odds[first, later] = model.backbone.begin(**batch), {}, []
+            model._compiled_exits(state.hidden)
+            native = model._native
+            for layer in range(1, model.num_layers):
+                state = model.backbone.step(layer, state)
+                with monkeypatch.context() as here:
+                    here.setattr(model, "_compiled_exits", lambda hidden, found=native: found)
+                    if not (first if layer == 1 else later):
+                        here.setattr(model, "_decide", lambda *given: None)
+                    odds[first, later].append(model.view(layer, state).exit_logit(carry).clone())
+    for found in odds.values():
+        torch.testing.assert_close(found, odds[False, False], atol=3e-5, rtol=1e-4)
 
 
 @compiled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     AutoModel,
     BertConfig,
@@ -15,6 +16,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from rl_exit.models.backbones import quick_layer as module
 from rl_exit.models.backbones import step_backbone
 from rl_exit.models.backbones.quick_layer import quick_layer
 
@@ -38,10 +40,16 @@ HIDDEN = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1))
 MASK = (torch.arange(7) < torch.tensor([7, 2, 5])[:, None])[:, None, None, :]
 
 
+@pytest.fixture
+def padding_along(monkeypatch):
+    """Padding is computed along however much there is, so that the numbers are the modules' own to the last digit."""
+    monkeypatch.setattr(module, "FULL", 0.0)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("mask", [None, MASK])
 @torch.inference_mode()
-def test_it_is_the_layer(kind, mask):
+def test_it_is_the_layer(kind, mask, padding_along):
     layer = layer_of(kind)
     found, expected = quick_layer(layer, HIDDEN, mask), layer(HIDDEN, mask)
     assert found is not None
@@ -49,6 +57,32 @@ def test_it_is_the_layer(kind, mask):
     nn.init.normal_(layer.output.dense.bias, std=1.0)  # weights that change in place are followed
     assert not torch.equal(found, quick_layer(layer, HIDDEN, mask))
     torch.testing.assert_close(quick_layer(layer, HIDDEN, mask), layer(HIDDEN, mask), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.inference_mode()
+def test_padding_is_done_without(kind, monkeypatch):
+    """Linears see the real tokens alone, what stands at padding is finite and reaches nobody."""
+    layer, real = layer_of(kind), MASK[:, 0, 0]
+    expected, shapes = layer(HIDDEN, MASK), []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda states, *weights: shapes.append(states.shape) or linear(states, *weights))
+    found = quick_layer(layer, HIDDEN, MASK)
+    assert {shape[0] for shape in shapes} == {14} and len(shapes) == 6
+    assert found.shape == HIDDEN.shape and bool(found.isfinite().all())
+    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+    others = torch.where(real[:, :, None], HIDDEN, torch.nan)
+    assert quick_layer(layer, others, MASK).equal(found)
+    monkeypatch.setattr(module, "FULL", 14 / 21 - 1e-6)
+    torch.testing.assert_close(quick_layer(layer, HIDDEN, MASK), expected, atol=0, rtol=0)
+
+
+@torch.inference_mode()
+def test_a_mask_that_hides_the_first_token_is_kept_to():
+    """Not one that the engine makes, as it pads on the right."""
+    layer, mask = layer_of(), MASK.flip(0, 3)
+    found, expected = quick_layer(layer, HIDDEN, mask), layer(HIDDEN, mask)
+    torch.testing.assert_close(found[mask[:, 0, 0]], expected[mask[:, 0, 0]], atol=1e-5, rtol=1e-5)
 
 
 def _hook(layer):
@@ -157,7 +191,7 @@ def test_a_backbone_asks_where_it_may(attention, monkeypatch):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @torch.inference_mode()
-def test_in_other_precisions_and_under_a_mask_of_blocks(kind):
+def test_in_other_precisions_and_under_a_mask_of_blocks(kind, padding_along):
     row = torch.repeat_interleave(torch.arange(3), torch.tensor([7, 2, 5]))
     block, flat = (row[:, None] == row)[None, None], HIDDEN.flatten(0, 1)[None, :14]
     layer = layer_of(kind)

@@ -94,8 +94,7 @@ def pad_rows(
             held.append(numbers)
             slot.count, slot.rows = len(chosen), numbers.data_ptr()
         count += slot.count
-    hidden = torch.empty((count, tokens, first.shape[2]), dtype=first.dtype, device="cpu")
-    own = torch.empty(count, dtype=torch.int64, device="cpu")
+    hidden, own = first.new_empty(count, tokens, first.shape[2]), lengths[0].new_empty(count)
     seen = torch.empty((count, 1, 1, tokens), dtype=torch.bool, device="cpu")
     places = hidden.data_ptr(), own.data_ptr(), seen.data_ptr()
     shortest = gather(len(sources), from_, tokens, unit, *places)
