@@ -78,7 +78,7 @@ def run_batch(model: LayeredModel, batch: Mapping[str, Tensor], criterion: Crite
         if logits is None:
             if inside is None:
                 exit_layer[:] = left.layer
-                return EngineOutput(left.logits, exit_layer)
+                return EngineOutput(left.logits.contiguous(), exit_layer)
             logits = left.logits.new_zeros((len(exit_layer), left.logits.shape[1]))
         logits[torch.from_numpy(left.rows).to(logits.device)] = left.logits
         exit_layer[torch.from_numpy(left.rows)] = left.layer

@@ -20,8 +20,11 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # the token would be written
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the shared data are skipped, visibly, where it is absent; those that share a Ray session come last."""
-    items.sort(key=lambda item: "local_ray" in getattr(item, "fixturenames", ()))
+    """Tests of the shared data are skipped, visibly, where it is absent; those that share a Ray session come last.
+
+    The pages of the documentation come first: the longest of them, begun last, would run on alone.
+    """
+    items.sort(key=lambda item: ("local_ray" in getattr(item, "fixturenames", ()), item.path.name != "test_docs.py"))
     missing = pytest.mark.skip(reason="the shared development data is not here (RL_EXIT_SHARED)")
     for item in items:
         if "shared" in item.keywords and not _shared().is_dir():

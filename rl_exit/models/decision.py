@@ -64,7 +64,8 @@ class CompiledExits(ABC):
             layer: 1..L-1, asked in turn.
             hidden: [B, T, H], what the exits pool.
             state: Its lengths.
-            carry: Keeps the memory that :class:`rl_exit.models.quick_policy.QuickPolicy` keeps.
+            carry: Keeps the memory that :class:`rl_exit.models.quick_policy.QuickPolicy` keeps, and may keep more of
+                each row behind it.
             cut: Log-odds above which a row leaves.
         """
 

@@ -67,7 +67,7 @@ class NativeExits(CompiledExits):
     """In C, on the CPU; weights and hidden states are float32.
 
     Between two layers each piece of Python and each allocation finds its own code cold, so there are as few as can be:
-    what a decision says lies in one piece of memory, which goes with its rows.
+    what a decision says lies in its rows' memory, which goes with them.
 
     Args:
         weights: Of the modules.
@@ -92,8 +92,10 @@ class NativeExits(CompiledExits):
     ) -> NativeExits | None:
         """The compiled form; None where there is none on this machine, or something is not float32 on the CPU."""
         decide = _function()
-        weights = None if decide is None else HeadWeights(exits, heads, policy)
-        if decide is None or weights is None or not weights.readable("cpu") or dtype != torch.float32:
+        if decide is None or dtype != torch.float32:
+            return None
+        weights = HeadWeights(exits, heads, policy)
+        if not weights.readable("cpu"):
             return None
         return cls(weights, pooling, decide)
 
@@ -115,7 +117,7 @@ class NativeExits(CompiledExits):
                 memory = self._widened(memory)
             before = memory.data_ptr()
         # As the hidden states are: to be told a type and a device costs four times as much.
-        after = carry[KEY] = hidden.new_empty(rows, self._kept)
+        after = hidden.new_empty(rows, self._kept)
         order = state.lengths.new_empty(rows) if rows > 1 else None
         leaving = self._decide(
             self._pointer,
@@ -131,6 +133,7 @@ class NativeExits(CompiledExits):
         )
         if leaving < 0:
             raise MemoryError(f"no memory for an exit decision on {rows} rows")
+        carry[KEY] = after
         if not leaving:
             return NativeDecision(after, None)
         numbers = np.zeros(1, dtype=np.int64) if order is None else order.numpy()

@@ -16,6 +16,7 @@ from rl_exit.criteria import ConsistentEE
 from rl_exit.inference import run_batch
 from rl_exit.models import native_exits
 from rl_exit.models.answers import answer_figures
+from rl_exit.models.quick_policy import KEY
 
 LENGTHS = (9, 4, 1, 12, 12, 7, 3, 10, 5, 2, 11)  # more than a block of rows
 
@@ -123,15 +124,17 @@ def test_the_engine_answers_the_same_without_it(backbone, monkeypatch):
 
 
 @compiled
-def test_a_text_begun_without_compiled_code_goes_on_in_it_and_back(backbone, monkeypatch):
+@pytest.mark.parametrize("lengths", [(5,), LENGTHS])
+def test_a_text_begun_without_compiled_code_goes_on_in_it_and_back(backbone, lengths, monkeypatch):
     """Both keep the same of a row, whoever was asked at the layer below."""
-    model, batch = model_of(backbone, classes=5), batch_of(LENGTHS)
+    model, batch = model_of(backbone, classes=5), batch_of(lengths)
     with torch.inference_mode():
         odds = {}
         for first, later in itertools.product((True, False), repeat=2):
             state, carry, odds[first, later] = model.backbone.begin(**batch), {}, []
             model._compiled_exits(state.hidden)
             native = model._native
+            assert native is not None
             for layer in range(1, model.num_layers):
                 state = model.backbone.step(layer, state)
                 with monkeypatch.context() as here:
@@ -139,6 +142,7 @@ def test_a_text_begun_without_compiled_code_goes_on_in_it_and_back(backbone, mon
                     if not (first if layer == 1 else later):
                         here.setattr(model, "_decide", lambda *given: None)
                     odds[first, later].append(model.view(layer, state).exit_logit(carry).clone())
+                    assert carry[KEY].shape[1] == (24 if (first if layer == 1 else later) else 18)
     for found in odds.values():
         torch.testing.assert_close(found, odds[False, False], atol=3e-5, rtol=1e-4)
 
@@ -211,3 +215,20 @@ def test_what_was_compiled_is_kept(tmp_path, monkeypatch):
     again = native.library.__wrapped__(source)
     assert again is not None and again.two() == 3
     assert os.access(kept, os.R_OK) and np.all([path.suffix == ".so" for path in kept.parent.iterdir()])
+
+
+@compiled
+def test_a_lightened_model_is_not_asked_for_weights_at_every_text(backbone, monkeypatch):
+    model = model_of(backbone).lighten()
+    monkeypatch.setattr(native_exits, "HeadWeights", lambda *parts: pytest.fail("its states are not float32"))
+    assert len(run_batch(model, batch_of((4, 5)), ConsistentEE(0.5)).exit_layer) == 2
+    assert model._native is None
+
+
+@compiled
+def test_what_forward_gives_is_memory_of_its_own(backbone):
+    model = model_of(backbone)
+    with torch.no_grad():
+        model.policy.bias_out += 100.0
+        logits = model(**batch_of((4, 5))).logits
+    assert logits.is_contiguous() and logits.untyped_storage().nbytes() == 2 * 3 * 4

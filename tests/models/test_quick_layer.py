@@ -78,6 +78,29 @@ def test_padding_is_done_without(kind, monkeypatch):
 
 
 @torch.inference_mode()
+def test_padding_is_done_without_in_other_precisions():
+    layer, real = layer_of(), MASK[:, 0, 0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = quick_layer(layer, HIDDEN, MASK), layer(HIDDEN, MASK)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found[real], expected[real], atol=0.05, rtol=0.05)
+    layer, given = layer.to(torch.bfloat16), HIDDEN.to(torch.bfloat16)
+    found, expected = quick_layer(layer, given, MASK), layer(given, MASK)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found[real], expected[real], atol=0.05, rtol=0.05)
+
+
+@torch.inference_mode()
+def test_masks_of_another_kind_are_left_to_the_attention():
+    """Numbers that are added, as after a change of the attention while rows waited; and one that hides everything."""
+    layer = layer_of()
+    for mask in (torch.zeros(MASK.shape).masked_fill(~MASK, -1e9), torch.zeros_like(MASK)):
+        torch.testing.assert_close(
+            quick_layer(layer, HIDDEN, mask), layer(HIDDEN, mask), equal_nan=True, atol=0, rtol=0
+        )
+
+
+@torch.inference_mode()
 def test_a_mask_that_hides_the_first_token_is_kept_to():
     """Not one that the engine makes, as it pads on the right."""
     layer, mask = layer_of(), MASK.flip(0, 3)

@@ -5,7 +5,8 @@ size 1 on a CPU a seventh of MiniLM's layer, since a layer sweeps the caches and
 A layer of which a part has an adapter, a hook or a forward of its own or is in training, and one that is compiled, runs
 as a module.
 
-Of rows padded in a batch on a CPU, where every token costs, everything but the attention runs on the real tokens alone.
+Of rows padded in a batch on a CPU, where every token costs, everything but the attention runs on the real tokens alone;
+the numbers are then the same to rounding.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ CAPTURING = "transformers.utils.output_capturing"
 HOME = "transformers.models."
 FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra")
 FULL = 0.96
-"""Share of real tokens above which padding is computed along: to do without it copies the states six times, which is
-1 % of a layer (MiniLM, 600 tokens, one thread)."""
+"""Share of real tokens above which padding is computed along: to do without it copies the states six times. Measured on
+MiniLM with one thread: with 5 to 7 % of padding (SST-2, batch size 128) a pass takes 2 % less time, with 2 to 3 % as
+long."""
 PARTS = ("Layer", "Attention", "SelfAttention", "SelfOutput", "Intermediate", "Output")
 
 
@@ -98,11 +100,11 @@ class _Ragged(NamedTuple):
 
 def _ragged(mask: Tensor | None, rows: int, tokens: int) -> _Ragged | None:
     """None: there is too little padding to do without it, or the mask hides something else."""
-    if mask is None or mask.shape != (rows, 1, 1, tokens):
+    if mask is None or mask.shape != (rows, 1, 1, tokens) or mask.dtype != torch.bool:
         return None
     seen = mask.numpy().reshape(-1)
     places = seen.nonzero()[0]
-    if len(places) > FULL * len(seen):
+    if not 0 < len(places) <= FULL * len(seen):
         return None
     return _Ragged(torch.from_numpy(places), torch.from_numpy(np.maximum(np.cumsum(seen) - 1, 0)))
 
