@@ -213,18 +213,18 @@ def advance(model: LayeredModel, inside: Survivors, criterion: Criterion) -> Ste
     state = model.backbone.step(layer, inside.state)
     view = model.view(layer, state)
     if layer == model.num_layers:
-        return Step(Left(layer, numbers, _said(criterion, layer, view, carry)), None)
-    apart = _apart(criterion, layer, view, carry)
+        return Step(Left(layer, numbers, said_by(criterion, layer, view, carry)), None)
+    apart = apart_by(criterion, layer, view, carry)
     if apart is None:
         return Step(None, Survivors(layer, state, carry, numbers))
     leaving, staying = apart
-    said = _said(criterion, layer, view, carry)
+    said = said_by(criterion, layer, view, carry)
     if not len(staying):
         return Step(Left(layer, numbers, said), None)
     stay = Survivors(layer, state, carry, numbers, staying)
     if 2 * len(leaving) > len(numbers):
         stay = join([stay])  # a few rows must not keep the memory of many while they wait
-    return Step(Left(layer, numbers[leaving], _of_rows([said], [leaving])), stay)
+    return Step(Left(layer, numbers[leaving], of_rows([said], [leaving])), stay)
 
 
 def join(groups: Sequence[Survivors]) -> Survivors:
@@ -244,13 +244,13 @@ def join(groups: Sequence[Survivors]) -> Survivors:
     if any(group.carry.keys() != first.carry.keys() for group in groups):
         raise ValueError("join needs groups of one criterion: what they remember has different names")
     kept = [group.kept for group in groups]
-    carry = {key: _of_rows([group.carry[key] for group in groups], kept) for key in first.carry}
+    carry = {key: of_rows([group.carry[key] for group in groups], kept) for key in first.carry}
     state = join_states([group.state for group in groups], kept, max(group.longest for group in groups))
     numbers = first.rows if len(groups) == 1 else np.concatenate([group.rows for group in groups])
     return Survivors(first.layer, state, carry, numbers)
 
 
-def _apart(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> Parted | None:
+def apart_by(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> Parted | None:
     """Who leaves and who stays; None: nobody leaves."""
     leaving = getattr(criterion, "leaving", None)
     found: Parted | None
@@ -258,13 +258,13 @@ def _apart(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> P
     return found
 
 
-def _said(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> Tensor:
+def said_by(criterion: Criterion, layer: int, view: LayerView, carry: Carry) -> Tensor:
     """Logits [B, C] of what is answered here: the criterion's own answer where it has one, else the exit's."""
     answer = getattr(criterion, "answer", None)
     return view.logits if answer is None else answer(layer, view, carry)
 
 
-def _of_rows(memories: Sequence[Tensor], kept: Sequence[Indices | None]) -> Tensor:
+def of_rows(memories: Sequence[Tensor], kept: Sequence[Indices | None]) -> Tensor:
     """The given rows of each, one after the other."""
     if memories[0].is_cpu and memories[0].dtype in (torch.float32, torch.int64) and not torch.is_grad_enabled():
         arrays = [m.numpy() if some is None else m.numpy()[some] for m, some in zip(memories, kept, strict=True)]

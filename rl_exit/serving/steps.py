@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from rl_exit.criteria import Carry, Criterion
-from rl_exit.criteria.base import compact
+from rl_exit.criteria.base import Parted
+from rl_exit.data.instances import Instances
 from rl_exit.models.backbones import StepState, join_states
-from rl_exit.stepping import LayeredModel
+from rl_exit.stepping import LayeredModel, apart_by, enter_instances, of_rows, said_by
 
 
 @dataclass(eq=False, slots=True)
@@ -82,7 +83,8 @@ def run_step(model: LayeredModel, layer: int, passages: Sequence[Passage], pad_t
         raise ValueError("run_step needs passages and a model in evaluation mode")
     order, state, parts = _begin(model, passages, pad_token_id) if layer == 1 else _gather(passages)
     pack = state.hidden.is_cpu and model.backbone.packs_step(state)
-    ran = int(state.lengths.sum()) if pack else state.batch_size * state.length
+    real = pack or model.backbone.drops_padding(state)
+    ran = int(state.lengths.sum()) if real else state.batch_size * state.length
     state = model.backbone.step(layer, state, pack=pack)
     left: list[int] = []
     stay: list[int] = []
@@ -92,23 +94,21 @@ def run_step(model: LayeredModel, layer: int, passages: Sequence[Passage], pad_t
         part = state if whole else state.select(torch.tensor(rows), length=int(state.lengths[rows].max()))
         view = model.view(layer, part)
         carry = rule.start(len(rows), part.hidden.device) if layer == 1 else _carry_of(rows, parts)
-        last = layer == model.num_layers
-        leave = (view.everyone(True) if last else rule.leave(layer, view, carry)).cpu()
-        leaving = leave.nonzero().squeeze(1)
+        every = np.arange(len(rows))
+        apart = Parted(every, every[:0]) if layer == model.num_layers else apart_by(rule, layer, view, carry)
+        leaving, staying = (every[:0], every) if apart is None else apart
         if len(leaving):
-            left += [order[rows[row]] for row in leaving.tolist()]
-            answer = getattr(rule, "answer", None)  # a rule may answer otherwise than the exit does
-            said = view.logits if answer is None else answer(layer, view, carry)
-            logits.append(said[leaving.to(view.device)].float().cpu())
-        if len(leaving) < len(rows):
-            staying = (~leave).nonzero().squeeze(1)
-            if len(leaving) or part.length > int(part.lengths.max()):
-                part = part.select(staying, length=int(part.lengths[staying].max()))
-                carry = compact(carry, staying.to(view.device))
+            left += [order[rows[row]] for row in leaving]
+            logits.append(of_rows([said_by(rule, layer, view, carry)], [leaving]).float().cpu())
+        if len(staying):
+            places = staying
+            if 2 * len(leaving) > len(rows):  # a few rows must not keep the memory of many while they wait
+                part, places = join_states([part], [staying]), every
+                carry = {key: of_rows([memory], [staying]) for key, memory in carry.items()}
             chunk = Chunk(part, carry)
-            for index, row in enumerate(staying.tolist()):
+            for row, place in zip(staying.tolist(), places.tolist(), strict=False):
                 passage = passages[order[rows[row]]]
-                passage.chunk, passage.index = chunk, index
+                passage.chunk, passage.index = chunk, place
                 stay.append(order[rows[row]])
     for position in left:
         passages[position].chunk = None
@@ -123,19 +123,14 @@ Gathered = tuple[list[int], StepState, Parts]
 def _begin(model: LayeredModel, passages: Sequence[Passage], pad_token_id: int) -> Gathered:
     """Embed; the rows keep their order."""
     lengths = np.fromiter((len(passage.tokens) for passage in passages), dtype=np.int64, count=len(passages))
-    shape = (len(passages), int(lengths.max()))
-    ids = np.full(shape, pad_token_id, dtype=np.int64)
-    types = np.zeros(shape, dtype=np.int64)
-    for row, passage in enumerate(passages):
-        ids[row, : lengths[row]] = passage.tokens
-        if passage.types is not None:
-            types[row, : lengths[row]] = passage.types
-    batch = {"input_ids": ids, "attention_mask": (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)}
-    if passages[0].types is not None:
-        batch["token_type_ids"] = types
-    device = model.device
-    state = model.backbone.begin(**{key: torch.from_numpy(value).to(device) for key, value in batch.items()})
-    return list(range(len(passages))), state, []
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.concatenate([passage.tokens for passage in passages])
+    segments = [passage.types for passage in passages if passage.types is not None]
+    types = np.concatenate(segments) if segments else None
+    numbers = np.arange(len(passages))
+    instances = Instances(numbers, np.zeros_like(numbers), tokens, offsets, types, pad_token_id)
+    entered = enter_instances(model, instances, passages[0].rule, numbers)
+    return list(range(len(passages))), entered.state, []
 
 
 def _gather(passages: Sequence[Passage]) -> Gathered:
@@ -170,12 +165,10 @@ def _carry_of(rows: Sequence[int], parts: Parts) -> Carry:
     """Memory of some rows of a gathered state. A chunk has one rule, so the rows are those of whole parts."""
     wanted = set(rows)
     first = 0
-    carries = []
+    mine: Parts = []
     for chunk, indices in parts:
         if first in wanted:
-            index = torch.tensor(indices, device=chunk.state.hidden.device)
-            carries.append(compact(chunk.carry, index))
+            mine.append((chunk, indices))
         first += len(indices)
-    if len(carries) == 1:
-        return carries[0]
-    return {key: torch.cat([carry[key] for carry in carries]) for key in carries[0]}
+    numbers = [np.array(indices) for _, indices in mine]
+    return {key: of_rows([chunk.carry[key] for chunk, _ in mine], numbers) for key in mine[0][0].carry}

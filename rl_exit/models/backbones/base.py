@@ -58,6 +58,7 @@ class Family:
             None: in no case (:mod:`.embeddings`). Whoever replaces ``embed`` replaces it too.
         packs: Whether layers read nothing but states and mask, and every token sees its whole row: then rows can run
             end to end, without padding (:meth:`SteppedBackbone.step`).
+        drops_padding: Whether its layers do without padding themselves on a CPU (:mod:`.quick_layer`).
         objection: ``(config)`` to why a model of this configuration cannot be run exactly; None if it can.
     """
 
@@ -74,6 +75,7 @@ class Family:
     blocks: Blocks | None = None
     embed_rows: Callable[[Any, Ragged, int], Tensor | None] | None = None
     packs: bool = False
+    drops_padding: bool = False
 
     def build(self, model: Any) -> SteppedBackbone:
         """Return the stepped form of a base model of this family; what :func:`register_family` takes."""
@@ -212,7 +214,11 @@ class SteppedBackbone(nn.Module):
 
     def packs_step(self, state: StepState) -> bool:
         """Whether :meth:`step`, asked to pack, would run this state's rows end to end."""
-        return state.padded and self.packs and self._packing_pays(state)
+        return state.padded and self.packs and not self.drops_padding(state) and self._packing_pays(state)
+
+    def drops_padding(self, state: StepState) -> bool:
+        """Whether :meth:`step` computes next to nothing for this state's padding, packed or not."""
+        return self._family.drops_padding and self.boolean_mask and state.hidden.is_cpu
 
     def _packing_pays(self, state: StepState) -> bool:
         """By the work in either form: a token costs 12 H^2 products, a pair about 2.4 H with its softmax."""

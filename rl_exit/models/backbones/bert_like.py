@@ -85,6 +85,7 @@ def _bert_like(name: str, embed: Embed = _embed, rows: EmbedRows = _embed_rows) 
         count_layers=_count,
         objection=_causal_objection,
         packs=True,
+        drops_padding=True,
     )
 
 
