@@ -23,7 +23,10 @@ from rl_exit.serving.texts import Left
 
 Result = TypeVar("Result")
 
-PACKED_TOKENS = 256  # of MiniLM's size, attention over so many is a tenth of a layer; it grows with the square
+PACKED_TOKENS = (
+    256  # end to end: of MiniLM's size attention over so many is a tenth of a layer, and it grows with the square
+)
+RAGGED_TOKENS = 1024  # where attention stays within its row; more save nothing any more and make others wait
 
 
 @dataclass
@@ -200,10 +203,11 @@ def measure_rules(model: Any, batch_size: int, deadline: float) -> PoolRules:
         deadline: Seconds, as in :class:`rl_exit.serving.pool.PoolRules`.
 
     Returns:
-        Rules with ``overhead`` and ``batch_tokens`` as measured within about a second; rows are packed where the
-        backbone can run them without padding, and on a CPU, where every token costs.
+        Rules with ``overhead`` and ``batch_tokens`` as measured within about a second. On a CPU, where every token
+        costs, and with a backbone that can run rows without padding, their lengths matter little
+        (:attr:`.PoolRules.packed_tokens`).
     """
-    packed = PACKED_TOKENS if model.backbone.packs and model.device.type == "cpu" else 0
+    packed = _packed_tokens(model)
     length = min(32, model.max_length)
     sizes = [size for size in (1, 2, 4, 8, 16, 32) if size <= batch_size]
     took = {size: min(_time_step(model, size, length) for _ in range(5)) for size in sizes}
@@ -218,6 +222,15 @@ def measure_rules(model: Any, batch_size: int, deadline: float) -> PoolRules:
     overhead = max(took[1] - slope, 0.0) / max(slope / length, 1e-9)
     limit = enough * length if enough < sizes[-1] else batch_size * model.max_length
     return PoolRules(batch_size, deadline, overhead, limit, packed)
+
+
+@torch.inference_mode()
+def _packed_tokens(model: Any) -> int:
+    """How many tokens run at once without padding; 0: none do."""
+    probe = model.backbone.begin(torch.full((1, 1), model.config.pad_token_id or 0, device=model.device))
+    if all(model.backbone.drops_padding(layer, probe) for layer in range(1, model.num_layers + 1)):
+        return RAGGED_TOKENS
+    return PACKED_TOKENS if model.backbone.packs and probe.hidden.is_cpu else 0
 
 
 @torch.inference_mode()

@@ -339,7 +339,7 @@ def test_rows_run_end_to_end_as_they_do_alone(name: str, attention: str, monkeyp
 
     monkeypatch.setattr(SteppedBackbone, "_packed_step", counted)
     monkeypatch.setattr(SteppedBackbone, "_packing_pays", lambda self, state: True)
-    monkeypatch.setattr(SteppedBackbone, "drops_padding", lambda self, state: False)
+    monkeypatch.setattr(SteppedBackbone, "drops_padding", lambda self, layer, state: False)
     packed = padded = backbone.begin(**batch)
     for layer in range(1, backbone.num_layers + 1):
         packed, padded = backbone.step(layer, packed, pack=True), backbone.step(layer, padded)
@@ -359,8 +359,8 @@ def test_who_drops_padding_itself_packs_nothing() -> None:
     for name, attention, drops in (("bert", "sdpa", True), ("bert", "eager", False), ("distilbert", "sdpa", False)):
         backbone = build(name, attention)
         state = backbone.begin(**make_batch((1, 1, 1, 40)))
-        assert backbone.packs and backbone.drops_padding(state) == drops
-        assert backbone.packs_step(state) != drops
+        assert backbone.packs and backbone.drops_padding(1, state) == drops
+        assert backbone.packs_step(1, state) != drops
 
 
 def test_packing_pays_where_padding_costs_more_than_attention_over_all() -> None:

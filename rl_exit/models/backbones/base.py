@@ -58,7 +58,8 @@ class Family:
             None: in no case (:mod:`.embeddings`). Whoever replaces ``embed`` replaces it too.
         packs: Whether layers read nothing but states and mask, and every token sees its whole row: then rows can run
             end to end, without padding (:meth:`SteppedBackbone.step`).
-        drops_padding: Whether its layers do without padding themselves on a CPU (:mod:`.quick_layer`).
+        drops_padding: ``(model, index)`` to whether a layer does without padding itself on a CPU, under a mask of truth
+            values that hides padding alone (:mod:`.quick_layer`).
         objection: ``(config)`` to why a model of this configuration cannot be run exactly; None if it can.
     """
 
@@ -75,7 +76,7 @@ class Family:
     blocks: Blocks | None = None
     embed_rows: Callable[[Any, Ragged, int], Tensor | None] | None = None
     packs: bool = False
-    drops_padding: bool = False
+    drops_padding: Callable[[Any, int], bool] = lambda model, index: False
 
     def build(self, model: Any) -> SteppedBackbone:
         """Return the stepped form of a base model of this family; what :func:`register_family` takes."""
@@ -205,20 +206,20 @@ class SteppedBackbone(nn.Module):
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"layer must lie in 1..{self.num_layers}, not {layer}")
-        if pack and self.packs_step(state):
+        if pack and self.packs_step(layer, state):
             return self._packed_step(layer, state)
         mask = state.masks[self._reaches[layer - 1]]
         output = self._family.run_layer(self.model, layer - 1, state, mask)
         hidden = output[0] if isinstance(output, tuple) else output
         return state.with_hidden(hidden)
 
-    def packs_step(self, state: StepState) -> bool:
+    def packs_step(self, layer: int, state: StepState) -> bool:
         """Whether :meth:`step`, asked to pack, would run this state's rows end to end."""
-        return state.padded and self.packs and not self.drops_padding(state) and self._packing_pays(state)
+        return state.padded and self.packs and not self.drops_padding(layer, state) and self._packing_pays(state)
 
-    def drops_padding(self, state: StepState) -> bool:
+    def drops_padding(self, layer: int, state: StepState) -> bool:
         """Whether :meth:`step` computes next to nothing for this state's padding, packed or not."""
-        return self._family.drops_padding and self.boolean_mask and state.hidden.is_cpu
+        return state.hidden.is_cpu and self.boolean_mask and self._family.drops_padding(self.model, layer - 1)
 
     def _packing_pays(self, state: StepState) -> bool:
         """By the work in either form: a token costs 12 H^2 products, a pair about 2.4 H with its softmax."""

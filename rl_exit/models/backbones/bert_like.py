@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from rl_exit.models.backbones.base import Family
 from rl_exit.models.backbones.embeddings import Ragged, embed_rows, plain
-from rl_exit.models.backbones.quick_layer import quick_layer
+from rl_exit.models.backbones.quick_layer import quick_layer, runs_quick
 from rl_exit.models.backbones.state import StepState
 
 Embed = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
@@ -85,7 +85,7 @@ def _bert_like(name: str, embed: Embed = _embed, rows: EmbedRows = _embed_rows) 
         count_layers=_count,
         objection=_causal_objection,
         packs=True,
-        drops_padding=True,
+        drops_padding=lambda model, index: runs_quick(model.encoder.layer[index]),
     )
 
 

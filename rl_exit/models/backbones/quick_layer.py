@@ -42,7 +42,45 @@ def quick_layer(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor | Non
     Returns:
         [B, T, H], anything finite at padding; None: this layer must be called as the module that it is.
     """
-    if torch.is_grad_enabled() or layer.training or layer._compiled_call_impl is not None:
+    parts = None if torch.is_grad_enabled() else _parts(layer)
+    if parts is None:
+        return None
+    own, activation, linears, norms = parts
+    query, key, value, joined, wide, narrow = linears
+    rows, tokens, size = hidden.shape
+    shape = (rows, tokens, own.num_attention_heads, own.attention_head_size)
+    ragged = _ragged(mask, rows, tokens) if hidden.is_cpu else None
+    states = hidden if ragged is None else hidden.reshape(-1, size).index_select(0, ragged.real)
+    queries, keys, values = (
+        (part if ragged is None else part.index_select(0, ragged.back)).view(shape).transpose(1, 2)
+        for part in (_linear(query, states), _linear(key, states), _linear(value, states))
+    )
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=own.scaling)
+    attended = attended.transpose(1, 2).reshape(rows, tokens, -1)
+    if ragged is not None:
+        attended = attended.view(rows * tokens, -1).index_select(0, ragged.real)
+    states = _norm(norms[0], _linear(joined, attended) + states)
+    states = _norm(norms[1], _linear(narrow, activation.act(_linear(wide, states))) + states)
+    return states if ragged is None else states.index_select(0, ragged.back).view(rows, tokens, -1)
+
+
+def runs_quick(layer: Any) -> bool:
+    """Whether :func:`quick_layer` runs a layer, where no gradient is wanted."""
+    return _parts(layer) is not None
+
+
+class _Parts(NamedTuple):
+    """What a layer is made of: its self-attention, activation, six linear parts and two norms, in order of use."""
+
+    attention: Any
+    activation: Any
+    linears: tuple[nn.Module, ...]
+    norms: tuple[nn.Module, ...]
+
+
+def _parts(layer: Any) -> _Parts | None:
+    """None: something in it is not as transformers makes it, so it must be called as the module that it is."""
+    if layer.training or layer._compiled_call_impl is not None:
         return None
     kind: Any = type(layer)
     kinds = _kinds(kind)
@@ -68,22 +106,7 @@ def quick_layer(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor | Non
         and untouched(activation)
     ):
         return None
-    query, key, value, joined, wide, narrow = linears
-    rows, tokens, size = hidden.shape
-    shape = (rows, tokens, own.num_attention_heads, own.attention_head_size)
-    ragged = _ragged(mask, rows, tokens) if hidden.is_cpu else None
-    states = hidden if ragged is None else hidden.reshape(-1, size).index_select(0, ragged.real)
-    queries, keys, values = (
-        (part if ragged is None else part.index_select(0, ragged.back)).view(shape).transpose(1, 2)
-        for part in (_linear(query, states), _linear(key, states), _linear(value, states))
-    )
-    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=own.scaling)
-    attended = attended.transpose(1, 2).reshape(rows, tokens, -1)
-    if ragged is not None:
-        attended = attended.view(rows * tokens, -1).index_select(0, ragged.real)
-    states = _norm(norms[0], _linear(joined, attended) + states)
-    states = _norm(norms[1], _linear(narrow, activation.act(_linear(wide, states))) + states)
-    return states if ragged is None else states.index_select(0, ragged.back).view(rows, tokens, -1)
+    return _Parts(own, activation, linears, norms)
 
 
 class _Ragged(NamedTuple):
