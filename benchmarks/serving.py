@@ -235,7 +235,8 @@ def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sustained(rows: list[dict[str, Any]], limit: float) -> float | None:
-    """Requests answered a second at the greatest load whose p95 stays under a limit, between measured loads in line.
+    """Requests answered a second at the greatest load whose p95 stays under a limit, between measured loads in line
+    with the logarithm of p95.
 
     p95 rises with the load, so what falls is chance: the rising curve nearest to the medians is read (least squares of
     their logarithms).
@@ -250,7 +251,7 @@ def sustained(rows: list[dict[str, Any]], limit: float) -> float | None:
         return None
     if within == len(rows):
         return float(answered[-1])
-    share = (limit - risen[within - 1]) / (risen[within] - risen[within - 1])
+    share = np.log(limit / risen[within - 1]) / np.log(risen[within] / risen[within - 1])
     return float(answered[within - 1] + share * (answered[within] - answered[within - 1]))
 
 

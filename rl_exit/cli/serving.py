@@ -26,7 +26,7 @@ def serve(
         int,
         typer.Option(min=2, help="Decoder: tokens of a prompt and what follows; sets the cache's memory."),
     ] = 2048,
-    deadline_ms: Annotated[float, typer.Option(min=0, help="How long a text may wait for others; 0 to 20.")] = 5.0,
+    deadline_ms: Annotated[float, typer.Option(min=0, help="How long a text may let others catch up; 0 to 20.")] = 0.0,
     max_chars: Annotated[int, typer.Option(min=1, help="Characters of a text.")] = 20_000,
     max_texts: Annotated[int, typer.Option(min=1, help="Texts of a request.")] = 256,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1_000_000,

@@ -73,7 +73,7 @@ class ServeOptions:
     threads: int = 1
     batching: Batching = "pooled"
     batch_size: int = 32
-    deadline: float = 0.005
+    deadline: float = 0.0
     max_context: int = 2048
     limits: Limits = field(default_factory=Limits)
 

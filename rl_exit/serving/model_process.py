@@ -50,7 +50,7 @@ class ModelSettings:
     model: str
     threads: int = 1
     batch_size: int = 32
-    deadline: float = 0.005
+    deadline: float = 0.0
 
 
 class ModelGone(RuntimeError):

@@ -43,7 +43,8 @@ class PoolRules:
 
     Attributes:
         batch_size: Most rows in a step; usually 8 to 64.
-        deadline: Seconds that a row may wait at a layer for others to come along, once the model is free; 0 to 0.02.
+        deadline: Seconds that a row may wait at a layer for others to come along, while those run; 0 to 0.02. With 0
+            the text that arrived first always goes on.
         overhead: What a step costs beside its tokens, in tokens: a row is padded by others only where that costs less
             than a step of its own. 10 to 30 on a CPU, thousands on a GPU; infinity pads without limit.
         batch_tokens: Most tokens in a step, padding included; a single row may exceed it. On a CPU large steps fall out
@@ -53,7 +54,7 @@ class PoolRules:
     """
 
     batch_size: int = 32
-    deadline: float = 0.005
+    deadline: float = 0.0
     overhead: float = 16.0
     batch_tokens: int = 4096
     packed_tokens: int = 0

@@ -82,9 +82,9 @@ def run_step(model: LayeredModel, layer: int, passages: Sequence[Passage], pad_t
     if model.training or not passages:
         raise ValueError("run_step needs passages and a model in evaluation mode")
     order, state, parts = _begin(model, passages, pad_token_id) if layer == 1 else _gather(passages)
-    pack = state.hidden.is_cpu and model.backbone.packs_step(layer, state)
-    real = pack or model.backbone.drops_padding(layer, state)
-    ran = int(state.lengths.sum()) if real else state.batch_size * state.length
+    drops = state.padded and model.backbone.drops_padding(layer, state)
+    pack = not drops and state.hidden.is_cpu and model.backbone.packs_step(state)
+    ran = int(state.lengths.sum()) if drops or pack else state.batch_size * state.length
     state = model.backbone.step(layer, state, pack=pack)
     left: list[int] = []
     stay: list[int] = []

@@ -339,7 +339,6 @@ def test_rows_run_end_to_end_as_they_do_alone(name: str, attention: str, monkeyp
 
     monkeypatch.setattr(SteppedBackbone, "_packed_step", counted)
     monkeypatch.setattr(SteppedBackbone, "_packing_pays", lambda self, state: True)
-    monkeypatch.setattr(SteppedBackbone, "drops_padding", lambda self, layer, state: False)
     packed = padded = backbone.begin(**batch)
     for layer in range(1, backbone.num_layers + 1):
         packed, padded = backbone.step(layer, packed, pack=True), backbone.step(layer, padded)
@@ -355,12 +354,16 @@ def test_rows_run_end_to_end_as_they_do_alone(name: str, attention: str, monkeyp
     assert len(runs) == before, "without padding there is nothing to gain"
 
 
-def test_who_drops_padding_itself_packs_nothing() -> None:
+def test_who_drops_padding_itself_says_so() -> None:
     for name, attention, drops in (("bert", "sdpa", True), ("bert", "eager", False), ("distilbert", "sdpa", False)):
         backbone = build(name, attention)
         state = backbone.begin(**make_batch((1, 1, 1, 40)))
         assert backbone.packs and backbone.drops_padding(1, state) == drops
-        assert backbone.packs_step(1, state) != drops
+        assert backbone.packs_step(state)
+    backbone = build("bert")
+    backbone.layer_modules()[1].register_forward_hook(lambda *given: None)
+    state = backbone.begin(**make_batch((1, 40)))
+    assert [backbone.drops_padding(layer, state) for layer in (1, 2)] == [True, False], "a hook wants its module called"
 
 
 def test_packing_pays_where_padding_costs_more_than_attention_over_all() -> None:

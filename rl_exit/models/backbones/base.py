@@ -206,19 +206,19 @@ class SteppedBackbone(nn.Module):
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"layer must lie in 1..{self.num_layers}, not {layer}")
-        if pack and self.packs_step(layer, state):
+        if pack and self.packs_step(state):
             return self._packed_step(layer, state)
         mask = state.masks[self._reaches[layer - 1]]
         output = self._family.run_layer(self.model, layer - 1, state, mask)
         hidden = output[0] if isinstance(output, tuple) else output
         return state.with_hidden(hidden)
 
-    def packs_step(self, layer: int, state: StepState) -> bool:
+    def packs_step(self, state: StepState) -> bool:
         """Whether :meth:`step`, asked to pack, would run this state's rows end to end."""
-        return state.padded and self.packs and not self.drops_padding(layer, state) and self._packing_pays(state)
+        return state.padded and self.packs and self._packing_pays(state)
 
     def drops_padding(self, layer: int, state: StepState) -> bool:
-        """Whether :meth:`step` computes next to nothing for this state's padding, packed or not."""
+        """Whether :meth:`step` computes next to nothing for this state's padding: to pack it would gain nothing."""
         return state.hidden.is_cpu and self.boolean_mask and self._family.drops_padding(self.model, layer - 1)
 
     def _packing_pays(self, state: StepState) -> bool:
