@@ -127,12 +127,15 @@ async def poisson(
     extra: dict[str, Any] | None = None,
     sizes: list[int] | None = None,
     texts: Texts | None = None,
+    warm: float = 0.0,
 ) -> dict[str, Any]:
     """Open loop: requests come when a Poisson process says so, whatever the server does with those before.
 
-    A request's time counts from when it was due, so a client that falls behind cannot hide it.
+    A request's time counts from when it was due, so a client that falls behind cannot hide it. Requests of the first
+    ``warm`` seconds are no part of the figures.
     """
     rng = np.random.default_rng(seed)
+    seconds += warm
     due = np.cumsum(rng.exponential(1 / rate, int(rate * seconds * 1.2) + 20))
     due = due[due < seconds]
     requests = (texts or Texts()).requests(len(due), seed, sizes or [1])
@@ -151,6 +154,8 @@ async def poisson(
                     if response.status != 200:
                         faults[str(response.status)] += 1
                         return
+                if at < warm:
+                    return
                 took.append(time.perf_counter() - started - at)
                 layers.extend(answer["exit_layer"] for answer in found["predictions"])
             except (aiohttp.ClientError, TimeoutError) as error:
@@ -163,11 +168,11 @@ async def poisson(
                 await asyncio.sleep(wait)
             tasks.append(asyncio.create_task(ask(at, some)))
         await asyncio.gather(*tasks)
-        wall = time.perf_counter() - started
+        wall = time.perf_counter() - started - warm
     quantiles = np.percentile(took, [50, 95, 99]) if took else [float("nan")] * 3
     return {
         "offered_per_s": rate,
-        "requests": len(due),
+        "requests": int((due >= warm).sum()),
         "answered": len(took),
         "faults": dict(faults),
         "answered_per_s": len(took) / wall,
@@ -196,11 +201,14 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         over: set[str] = set()
         for rate in args.rates:
             turns: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds if kind not in over}
+            if not turns:
+                break
             for turn in range(args.repeats):
-                for kind, each in turns.items():
+                first = turn % len(turns)
+                for kind in (*list(turns)[first:], *list(turns)[:first]):
                     address, extra = kinds[kind]
-                    seed = 1000 * turn + int(rate)
-                    each.append(asyncio.run(poisson(address, rate, args.seconds, seed, extra, args.sizes, texts)))
+                    asked = args.seconds, 1000 * turn + int(rate), extra, args.sizes, texts, args.warm
+                    turns[kind].append(asyncio.run(poisson(address, rate, *asked)))
             for kind, each in turns.items():
                 row = middle(each)
                 rows.setdefault(kind, []).append(row)
@@ -486,6 +494,7 @@ def main() -> None:
         sub.set_defaults(work=work)
         sub.add_argument("model")
         sub.add_argument("--seconds", type=float, default=10.0 if name == "load" else 40.0)
+        sub.add_argument("--warm", type=float, default=2.0, help="Seconds of each load that are not counted (load).")
         sub.add_argument("--rate", type=float, default=20.0)
         sub.add_argument("--rates", type=float, nargs="+", default=[5, 10, 15, 20, 25, 30, 40])
         sub.add_argument("--most-p95-ms", type=float, default=1500.0)
