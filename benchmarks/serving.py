@@ -132,7 +132,7 @@ async def poisson(
     """Open loop: requests come when a Poisson process says so, whatever the server does with those before.
 
     A request's time counts from when it was due, so a client that falls behind cannot hide it. Requests of the first
-    ``warm`` seconds are no part of the figures.
+    ``warm`` seconds are no part of the figures, but for their faults.
     """
     rng = np.random.default_rng(seed)
     seconds += warm
@@ -339,7 +339,7 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     model = EarlyExitModel.from_pretrained(args.model).eval()
-    rules = measure_rules(model, args.batch_size, 0.002)
+    rules = measure_rules(model, args.batch_size, 0.0)
     service = ModelService(model, rules)
     drawn = Texts.of(args).requests(args.texts, args.seed, [1])
     texts = service.texts.tokenised([request[0] for request in drawn], None)

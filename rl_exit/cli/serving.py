@@ -26,7 +26,9 @@ def serve(
         int,
         typer.Option(min=2, help="Decoder: tokens of a prompt and what follows; sets the cache's memory."),
     ] = 2048,
-    deadline_ms: Annotated[float, typer.Option(min=0, help="How long a text may let others catch up; 0 to 20.")] = 0.0,
+    deadline_ms: Annotated[
+        float | None, typer.Option(min=0, help="How long a text may wait for others; by default 0, plain: 5.")
+    ] = None,
     max_chars: Annotated[int, typer.Option(min=1, help="Characters of a text.")] = 20_000,
     max_texts: Annotated[int, typer.Option(min=1, help="Texts of a request.")] = 256,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1_000_000,
@@ -45,7 +47,7 @@ def serve(
         threads=threads,
         batching=batching,  # type: ignore[arg-type]  # checked there
         batch_size=batch_size,
-        deadline=deadline_ms / 1000,
+        deadline=None if deadline_ms is None else deadline_ms / 1000,
         max_context=max_context,
         limits=Limits(max_chars, max_texts, max_body, max_waiting, timeout),
     )

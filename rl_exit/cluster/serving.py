@@ -61,7 +61,7 @@ class ServeOptions:
         threads: Torch threads of each.
         batching: ``pooled``, or ``plain``: ``serve.batch``, each batch to its end; for comparison.
         batch_size: Most texts in a step (plain: requests in a batch; decoder: texts that are written at a time).
-        deadline: Seconds that texts wait for others; a decoder's do not.
+        deadline: Seconds that texts wait for others; None: pooled 0, plain 0.005. A decoder's do not wait.
         max_context: Decoder: most tokens of a prompt and of what follows it; memory is set aside for all rows.
         limits: On what comes in.
     """
@@ -73,7 +73,7 @@ class ServeOptions:
     threads: int = 1
     batching: Batching = "pooled"
     batch_size: int = 32
-    deadline: float = 0.0
+    deadline: float | None = None
     max_context: int = 2048
     limits: Limits = field(default_factory=Limits)
 
@@ -83,7 +83,7 @@ class ServeOptions:
                 raise ConfigError(f"{name} = {getattr(self, name)}; accepted: a whole number from 1")
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"port = {self.port}; accepted: 1 to 65535")
-        if not self.deadline >= 0:
+        if self.deadline is not None and not self.deadline >= 0:
             raise ConfigError(f"deadline = {self.deadline} seconds; accepted: 0 or more")
         if self.batching not in ("pooled", "plain"):
             raise ConfigError(f"batching = {self.batching!r}; accepted: pooled, plain")
@@ -99,11 +99,12 @@ class ModelReplica:
     def __init__(self, options: ServeOptions) -> None:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._pooled = options.batching == "pooled"
-        settings = ModelSettings(options.model, options.threads, options.batch_size, options.deadline)
+        pooled_wait, plain_wait = (0.0, 0.005) if options.deadline is None else (options.deadline,) * 2
+        settings = ModelSettings(options.model, options.threads, options.batch_size, pooled_wait)
         # Without its model a replica is dead: then whoever waits for it asks another, and Serve makes a new one.
         self._model = ModelProcess(settings, gone=lambda: os._exit(1))
         self._together.set_max_batch_size(options.batch_size)
-        self._together.set_batch_wait_timeout_s(options.deadline)
+        self._together.set_batch_wait_timeout_s(plain_wait)
 
     async def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, wish: Wish) -> dict[str, Any]:
         """See :meth:`rl_exit.serving.service.ModelService.answer`; who answered and how it stands comes along."""

@@ -6,6 +6,7 @@ the answers of the rows that left, so that an easy text never waits for a hard o
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -23,15 +24,14 @@ from rl_exit.serving.texts import Left
 
 Result = TypeVar("Result")
 
-PACKED_TOKENS = (
-    256  # end to end: of MiniLM's size attention over so many is a tenth of a layer, and it grows with the square
-)
-RAGGED_TOKENS = 1024  # where attention stays within its row; more save nothing any more and make others wait
+PACKED_TOKENS = 256  # end to end: attention over so many is a tenth of MiniLM's layer, and grows with the square
+RAGGED_TOKENS = 1024  # where only attention is padded; more save nothing any more and make others wait
+RAGGED_AREA = 4096  # rows times the longest: at 512 tokens padded attention is then about as dear as the rest
 
 
 @dataclass
 class Counts:
-    """What an engine has done since it began; ``tokens`` includes padding, ``real_tokens`` does not."""
+    """What an engine has done since it began; ``tokens`` has the padding that was computed, ``real_tokens`` none."""
 
     steps: int = 0
     rows: int = 0
@@ -207,7 +207,7 @@ def measure_rules(model: Any, batch_size: int, deadline: float) -> PoolRules:
         costs, and with a backbone that can run rows without padding, their lengths matter little
         (:attr:`.PoolRules.packed_tokens`).
     """
-    packed = _packed_tokens(model)
+    packed = _packed(model)
     length = min(32, model.max_length)
     sizes = [size for size in (1, 2, 4, 8, 16, 32) if size <= batch_size]
     took = {size: min(_time_step(model, size, length) for _ in range(5)) for size in sizes}
@@ -216,21 +216,21 @@ def measure_rules(model: Any, batch_size: int, deadline: float) -> PoolRules:
     # Of the sizes that are about as good as the best, the smallest: it makes others wait least.
     enough = next(size for size in sizes if per_row[size] <= 1.05 * per_row[best])
     if best == 1:
-        return PoolRules(batch_size, deadline, 0.0, length, packed)
+        return PoolRules(batch_size, deadline, 0.0, length, *packed)
     # took = a + b * size * length through the single row and the best size.
     slope = (took[best] - took[1]) / (best - 1)
     overhead = max(took[1] - slope, 0.0) / max(slope / length, 1e-9)
     limit = enough * length if enough < sizes[-1] else batch_size * model.max_length
-    return PoolRules(batch_size, deadline, overhead, limit, packed)
+    return PoolRules(batch_size, deadline, overhead, limit, *packed)
 
 
 @torch.inference_mode()
-def _packed_tokens(model: Any) -> int:
-    """How many tokens run at once without padding; 0: none do."""
+def _packed(model: Any) -> tuple[int, float]:
+    """How many tokens run at once without padding, 0: none do; and at most how many with what attention pads."""
     probe = model.backbone.begin(torch.full((1, 1), model.config.pad_token_id or 0, device=model.device))
     if all(model.backbone.drops_padding(layer, probe) for layer in range(1, model.num_layers + 1)):
-        return RAGGED_TOKENS
-    return PACKED_TOKENS if model.backbone.packs and probe.hidden.is_cpu else 0
+        return RAGGED_TOKENS, RAGGED_AREA
+    return PACKED_TOKENS if model.backbone.packs and probe.hidden.is_cpu else 0, math.inf
 
 
 @torch.inference_mode()

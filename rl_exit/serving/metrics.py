@@ -77,7 +77,7 @@ class Metrics(RequestMetrics):
             {
                 "steps": "Layers run since the replica began.",
                 "rows": "Texts in these steps; rows / steps is the mean batch.",
-                "tokens": "Tokens in these steps, padding included.",
+                "tokens": "Tokens computed in these steps, padding among them.",
                 "real_tokens": "Tokens in these steps without padding.",
             }
         )

@@ -6,6 +6,7 @@ costs about ``overhead + B * T``, in units of the time of one token; the pool tr
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -43,14 +44,15 @@ class PoolRules:
 
     Attributes:
         batch_size: Most rows in a step; usually 8 to 64.
-        deadline: Seconds that a row may wait at a layer for others to come along, while those run; 0 to 0.02. With 0
-            the text that arrived first always goes on.
+        deadline: Seconds that a row may wait at a layer for others to come along, while those run; 0 to 0.02.
         overhead: What a step costs beside its tokens, in tokens: a row is padded by others only where that costs less
             than a step of its own. 10 to 30 on a CPU, thousands on a GPU; infinity pads without limit.
-        batch_tokens: Most tokens in a step, padding included; a single row may exceed it. On a CPU large steps fall out
-            of the cache.
-        packed_tokens: Most real tokens in a step whose rows run end to end, without padding: within it the length of a
-            row is no reason to leave it out. Attention then grows with its square; 0 where rows cannot be packed.
+        batch_tokens: Most tokens in a padded step, padding included; a single row may exceed it. On a CPU large steps
+            fall out of the cache.
+        packed_tokens: Most real tokens in a step that is run without padding (end to end, where attention grows with
+            its square, or padded in attention alone): within it the length of a row is no reason to leave it out.
+            0 where padding is computed.
+        packed_area: Most rows times longest row in a step without padding, for what attention pads.
     """
 
     batch_size: int = 32
@@ -58,6 +60,7 @@ class PoolRules:
     overhead: float = 16.0
     batch_tokens: int = 4096
     packed_tokens: int = 0
+    packed_area: float = math.inf
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_tokens < 1:
@@ -66,6 +69,8 @@ class PoolRules:
             )
         if self.packed_tokens < 0:
             raise ConfigError(f"packed_tokens = {self.packed_tokens}; accepted: whole numbers from 0")
+        if not self.packed_area >= 0:
+            raise ConfigError(f"packed_area = {self.packed_area}; accepted: 0 or more")
         if not self.deadline >= 0 or not self.overhead >= 0:
             raise ConfigError(f"deadline = {self.deadline}, overhead = {self.overhead}; accepted: 0 or more")
 
@@ -166,11 +171,12 @@ class RequestPool(Generic[Payload]):
 
     def _oldest(self, queue: _Queue[Payload]) -> list[int]:
         """Numbers of the rows that have waited longest, as many as run without padding, longest first."""
-        rules, tokens = self.rules, 0
+        rules, tokens, longest = self.rules, 0, 0
         taken: list[tuple[int, int]] = []
         for number, row in queue.by_age.items():
-            tokens += row.length
-            if taken and (tokens > rules.packed_tokens or len(taken) == rules.batch_size):
+            tokens, longest = tokens + row.length, max(longest, row.length)
+            small = len(taken) < rules.batch_size and self._packed(tokens, longest * (len(taken) + 1))
+            if taken and not small:
                 break
             taken.append((row.length, number))
         return [number for _, number in sorted(taken, reverse=True)]
@@ -197,7 +203,7 @@ class RequestPool(Generic[Payload]):
                 (length, above, pays)
                 for padding, length, above in sorted(near)
                 if (pays := even and padding <= rules.overhead and self._small(max(longest, length), count + 1))
-                or total + length <= rules.packed_tokens
+                or self._packed(total + length, max(longest, length) * (count + 1))
             )
             found = next(fitting, None)
             if found is None:
@@ -206,6 +212,10 @@ class RequestPool(Generic[Payload]):
             low, high = (low, high + 1) if above else (low - 1, high)
             longest, total = max(longest, length), total + length
         return [number for _, number in reversed(order[low:high])]
+
+    def _packed(self, tokens: int, area: int) -> bool:
+        """Whether a step without padding is small enough."""
+        return tokens <= self.rules.packed_tokens and area <= self.rules.packed_area
 
     def _small(self, longest: int, rows: int) -> bool:
         """Whether a padded step is small enough."""

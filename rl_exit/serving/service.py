@@ -117,7 +117,7 @@ def has_dial(model: Any) -> bool:
 
 @torch.inference_mode()
 def run_together(model: Any, requests: Sequence[tuple[Instances, Criterion]]) -> list[list[Left]]:
-    """Plain batching: the texts of all requests in one batch to the end, padded to the longest; for comparison.
+    """Plain batching: the texts of all requests in one batch to the end of the last; for comparison.
 
     Args:
         model: In evaluation mode.

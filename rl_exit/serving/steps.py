@@ -57,7 +57,7 @@ class StepOutcome:
         left: Positions of the rows that left, in the order of ``logits``.
         logits: float32 [len(left), C] on the CPU.
         stay: Positions of the others; their passages know where their states lie.
-        tokens: Tokens that ran, padding included.
+        tokens: Tokens that were computed, padding among them.
     """
 
     left: list[int]
@@ -102,7 +102,8 @@ def run_step(model: LayeredModel, layer: int, passages: Sequence[Passage], pad_t
             logits.append(of_rows([said_by(rule, layer, view, carry)], [leaving]).float().cpu())
         if len(staying):
             places = staying
-            if 2 * len(leaving) > len(rows):  # a few rows must not keep the memory of many while they wait
+            longest = int(part.lengths.numpy()[staying].max())
+            if 2 * len(staying) * longest < len(rows) * part.length:  # few or short rows must not keep much memory
                 part, places = join_states([part], [staying]), every
                 carry = {key: of_rows([memory], [staying]) for key, memory in carry.items()}
             chunk = Chunk(part, carry)
@@ -124,9 +125,9 @@ def _begin(model: LayeredModel, passages: Sequence[Passage], pad_token_id: int) 
     """Embed; the rows keep their order."""
     lengths = np.fromiter((len(passage.tokens) for passage in passages), dtype=np.int64, count=len(passages))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = np.concatenate([passage.tokens for passage in passages])
+    tokens = np.concatenate([passage.tokens for passage in passages]).astype(np.int32, copy=False)
     segments = [passage.types for passage in passages if passage.types is not None]
-    types = np.concatenate(segments) if segments else None
+    types = np.concatenate(segments).astype(np.int8, copy=False) if segments else None
     numbers = np.arange(len(passages))
     instances = Instances(numbers, np.zeros_like(numbers), tokens, offsets, types, pad_token_id)
     entered = enter_instances(model, instances, passages[0].rule, numbers)

@@ -97,6 +97,14 @@ def test_rows_that_need_no_padding_come_along_by_age() -> None:
     assert [len(pool.take(0.0)) for _ in range(2)] == [4, 1], "never more rows than a batch"
 
 
+def test_what_attention_pads_is_bounded_too() -> None:
+    pool: RequestPool[int] = RequestPool(1, PoolRules(overhead=0.0, packed_tokens=100, packed_area=60))
+    pool.add(rows(1, 20, 1, 1, 1), 0.0)
+    assert [lengths_of(pool.take(0.0)) for _ in range(2)] == [[20, 1, 1], [1, 1]]
+    pool.add(rows(20, *(1,) * 500), 0.0)  # many: looked for by length
+    assert lengths_of(pool.take(0.0)) == [20, 1, 1]
+
+
 def test_where_many_wait_rows_of_one_length_are_found() -> None:
     pool: RequestPool[int] = RequestPool(1, PoolRules(overhead=0.0, packed_tokens=30))
     pool.add(rows(10, *(20, 10) * 5), 0.0)  # 160 tokens, more than four steps' worth
@@ -113,6 +121,7 @@ def test_where_many_wait_rows_of_one_length_are_found() -> None:
     [
         {"batch_size": 0},
         {"packed_tokens": -1},
+        {"packed_area": -1.0},
         {"batch_tokens": 0},
         {"deadline": -1.0},
         {"overhead": -1.0},
@@ -138,11 +147,12 @@ def test_layers_that_do_not_exist_are_refused() -> None:
     deadline=st.sampled_from([0.0, 2.0, 1e9]),
     overhead=st.sampled_from([0.0, 8.0, math.inf]),
     packed=st.sampled_from([0, 16, 64]),
+    area=st.sampled_from([30, math.inf]),
 )
 def test_every_row_runs_every_layer_once_and_leaves(
-    arrivals: list[tuple[int, int, int]], batch_size: int, deadline: float, overhead: float, packed: int
+    arrivals: list[tuple[int, int, int]], batch_size: int, deadline: float, overhead: float, packed: int, area: float
 ) -> None:
-    rules = PoolRules(batch_size, deadline, overhead, batch_tokens=64, packed_tokens=packed)
+    rules = PoolRules(batch_size, deadline, overhead, batch_tokens=64, packed_tokens=packed, packed_area=area)
     pool: RequestPool[int] = RequestPool(4, rules)
     seen: dict[int, list[int]] = {number: [] for number in range(len(arrivals))}
     for now in range(30 + 1 + 4 * len(arrivals)):
@@ -150,7 +160,8 @@ def test_every_row_runs_every_layer_once_and_leaves(
         taken = pool.take(now)
         assert len({row.layer for row in taken}) <= 1 and len(taken) <= batch_size
         if len(taken) > 1:
-            assert len(taken) * taken[0].length <= rules.batch_tokens or sum(lengths_of(taken)) <= packed
+            cells = len(taken) * taken[0].length
+            assert cells <= rules.batch_tokens or (sum(lengths_of(taken)) <= packed and cells <= area)
         assert bool(taken) or not len(pool), "the model never idles beside waiting rows"
         for row in taken:
             seen[row.payload].append(row.layer)

@@ -26,10 +26,10 @@ from rl_exit.serving.steps import Passage, run_step
 WORDS = ("cat", "dog", "horse", "saw", "drill", "the", "red", "near", "under", "my", "found")
 
 
-@pytest.fixture(scope="module", params=["state-exit", "both-exit", "both-own"])
+@pytest.fixture(scope="module", params=["state-exit", "both-exit", "both-own", "state-exit-hook"])
 def model(request: pytest.FixtureRequest, tiny_backbone: Path) -> EarlyExitModel:
     """With policy heads that are not all alike, so that texts leave at different layers."""
-    inputs, answer = request.param.split("-")
+    inputs, answer, *hook = request.param.split("-")
     made = EarlyExitModel.from_backbone(
         str(tiny_backbone), ["a", "b", "c"], policy_inputs=inputs, policy_answer=answer, pooling="mean"
     )
@@ -39,6 +39,8 @@ def model(request: pytest.FixtureRequest, tiny_backbone: Path) -> EarlyExitModel
     with torch.no_grad():
         for weight in heads:
             weight.add_(torch.randn(weight.shape, generator=generator))
+    if hook:  # a layer that runs as a module, and so end to end
+        made.backbone.layer_modules()[1].register_forward_hook(lambda *given: None)
     return made
 
 
@@ -116,6 +118,27 @@ def test_a_wrong_memory_would_be_seen(model: EarlyExitModel) -> None:
     expected = alone(model, instances, [Fixed(2)] * 8)
     logits = dict(zip(outcome.left, outcome.logits, strict=True))
     assert not torch.allclose(logits[0], expected[0][1], atol=1e-5)
+
+
+class FirstLeaves:
+    """The first row of a batch leaves."""
+
+    def start(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        return {"seen": torch.arange(batch_size, device=device)}
+
+    def leave(self, layer: int, view: Any, carry: dict[str, Tensor]) -> Tensor:
+        return torch.arange(len(view.logits)) == 0
+
+
+def test_short_rows_do_not_keep_the_memory_of_a_long_one_that_has_left(model: EarlyExitModel) -> None:
+    instances = instances_of(model, 30, 0)
+    by_length = np.argsort(-instances.lengths)
+    some = instances.take([int(by_length[0]), int(by_length[-1])])
+    passages = passages_of(some, [FirstLeaves()] * 2)  # type: ignore[list-item]
+    assert run_step(model, 1, passages, some.pad_token_id).left == [0]
+    chunk = passages[1].chunk
+    assert chunk is not None and chunk.state.hidden.shape[:2] == (1, int(some.lengths[1]))
+    assert chunk.carry["seen"].tolist() == [1]
 
 
 def test_steps_refuse_training_mode_and_nothing(model: EarlyExitModel) -> None:
@@ -197,3 +220,6 @@ def test_the_rules_of_this_machine_are_measured(model: EarlyExitModel) -> None:
     rules = measure_rules(model, 8, 0.01)
     assert (rules.batch_size, rules.deadline) == (8, 0.01)
     assert 0 <= rules.overhead < 1e9 and rules.batch_tokens >= 1
+    quick = [model.backbone.drops_padding(layer, model.backbone.begin(torch.ones(1, 1).long())) for layer in (1, 2, 3)]
+    expected = (1024, 4096) if all(quick) else (256, float("inf"))
+    assert quick[0] and (rules.packed_tokens, rules.packed_area) == expected

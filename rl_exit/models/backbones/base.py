@@ -59,7 +59,7 @@ class Family:
         packs: Whether layers read nothing but states and mask, and every token sees its whole row: then rows can run
             end to end, without padding (:meth:`SteppedBackbone.step`).
         drops_padding: ``(model, index)`` to whether a layer does without padding itself on a CPU, under a mask of truth
-            values that hides padding alone (:mod:`.quick_layer`).
+            values that hides padding alone (:mod:`.quick_layer`). Whoever replaces ``run_layer`` replaces it too.
         objection: ``(config)`` to why a model of this configuration cannot be run exactly; None if it can.
     """
 
