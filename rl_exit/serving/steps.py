@@ -104,10 +104,10 @@ def run_step(model: LayeredModel, layer: int, passages: Sequence[Passage], pad_t
             places = staying
             longest = int(part.lengths.numpy()[staying].max())
             if 2 * len(staying) * longest < len(rows) * part.length:  # few or short rows must not keep much memory
-                part, places = join_states([part], [staying]), every
+                part, places = join_states([part], [staying]), every[: len(staying)]
                 carry = {key: of_rows([memory], [staying]) for key, memory in carry.items()}
             chunk = Chunk(part, carry)
-            for row, place in zip(staying.tolist(), places.tolist(), strict=False):
+            for row, place in zip(staying.tolist(), places.tolist(), strict=True):
                 passage = passages[order[rows[row]]]
                 passage.chunk, passage.index = chunk, place
                 stay.append(order[rows[row]])
