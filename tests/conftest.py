@@ -46,12 +46,14 @@ def local_ray() -> Iterator[None]:
     """A Ray session of 4 CPUs for all tests that want actors and no cluster of their own: each start takes seconds."""
     import ray
 
+    from rl_exit.cluster.local import start_local
+
     here = Path(__file__).parent
     # What processes of the session inherit; a runtime_env would have every worker started a second time.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here / "trainers")])
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    start_local(4)
     yield
     ray.shutdown()
 

@@ -26,6 +26,7 @@ import ray
 import uvicorn
 from ray import serve
 
+from rl_exit.cluster.local import start_local
 from rl_exit.cluster.replicas import Asking, Replicas, Writers
 from rl_exit.errors import ConfigError, UserError
 from rl_exit.serving.http import Front, build_app
@@ -406,13 +407,7 @@ def _session(options: ServeOptions) -> Iterator[None]:
     if started:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: people wait for a server
-        ray.init(
-            "local",
-            num_cpus=max(options.replicas + 1, os.cpu_count() or 1),
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        start_local(max(options.replicas + 1, os.cpu_count() or 1), logging_level=logging.ERROR)
     try:
         yield
     finally:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from rl_exit.cluster.local import start_local
 from rl_exit.cluster.plan import Plan, make_plan, nodes_of, roles
 from rl_exit.config import RunConfig
 from rl_exit.errors import UserError
-from rl_exit.trainers.rllib.registry import needs_session
+from rl_exit.trainers.rllib.registry import check_importable, needs_session
 
 POLL_SECONDS = 2.0
 
@@ -34,8 +35,9 @@ def ray_session(config: RunConfig, at_least: int = 0) -> Iterator[Plan]:
         The run's plan, which fits.
 
     Raises:
-        UserError: The cluster cannot be reached, or is too small for the run.
+        UserError: The algorithm is unknown, the cluster cannot be reached, or it is too small for the run.
     """
+    check_importable(config.algorithm)  # not after the seconds that a session takes to start
     if not at_least:  # a sweep's runs have processes of their own, where the GPUs are
         _check_own_process(config)
     plan = make_plan(config, None)
@@ -88,13 +90,7 @@ def _start(config: RunConfig, plan: Plan, at_least: int) -> None:
         return
     # On one machine more actors than cores are slow but right; one more for whatever Ray itself may start.
     wanted = max(plan.needs("CPU"), at_least) + 1
-    ray.init(
-        "local",  # never join another Ray of this machine by chance
-        num_cpus=max(wanted, os.cpu_count() or 1),
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
+    start_local(max(wanted, os.cpu_count() or 1))
 
 
 def _fitting(config: RunConfig) -> Plan:

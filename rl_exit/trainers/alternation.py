@@ -25,7 +25,7 @@ from rl_exit.seeding import derive_seed
 from rl_exit.trainers.exit_training import ExitTraining, LoraSettings, objective_options, train_exits
 from rl_exit.trainers.initialised import take_initialised
 from rl_exit.trainers.label_steps import LabelSteps
-from rl_exit.trainers.rllib.registry import algorithm_class, check_algorithm
+from rl_exit.trainers.rllib.registry import check_importable
 from rl_exit.trainers.run_clock import outlook
 from rl_exit.trainers.run_directory import MetricLog, RunDirectory
 from rl_exit.trainers.steps import Steps
@@ -58,9 +58,7 @@ def train(
     Raises:
         UserError: Anything the user can mend, in one message.
     """
-    check_algorithm(config.algorithm)
-    if "." in config.algorithm:  # a path that leads nowhere is told now, not after the initialisation
-        algorithm_class(config.algorithm)
+    check_importable(config.algorithm)
     check_tracking(config)
     with RunDirectory.locked(config.run_dir), telling_disk_errors(config.run_dir):
         run = RunDirectory.create(config, resume=resume, overwrite=overwrite)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
+from rl_exit.cluster.local import start_local
 from rl_exit.cluster.session import needs_ray, ray_session
 from rl_exit.config import load_config
 from rl_exit.errors import UserError
@@ -35,6 +38,49 @@ def test_a_cluster_that_is_not_there_is_one_message() -> None:
     config = load_config(None, ["cluster=nowhere:x"])
     with pytest.raises(UserError, match="cluster=nowhere:x: cannot be reached"), ray_session(config):
         pass
+
+
+@pytest.mark.parametrize("name", ["pgg", "no_such_module.Algorithm", "rl_exit.errors.UserError"])
+def test_an_algorithm_that_is_not_there_is_told_before_ray_starts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+    config = load_config(None, [f"algorithm={name}", "sampling.num_env_runners=1"])
+    with pytest.raises(UserError, match=name), ray_session(config):
+        pass
+
+
+class Starting:
+    """In place of ``ray.init``: fails as often as told."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.failures = list(failures)
+        self.tries = 0
+
+    def __call__(self, address: str, **settings: object) -> None:
+        self.tries += 1
+        if self.failures:
+            raise self.failures.pop(0)
+
+
+SLOW = Exception("The current node timed out during startup.")
+
+
+@pytest.mark.parametrize(
+    ("failures", "tries", "said"),
+    [
+        ((), 1, None),
+        ((SLOW,), 2, None),
+        ((SLOW, SLOW), 2, r"does not start on this machine \(2 attempts\).*timed out"),
+        ((ValueError("num_cpus is wrong"),), 1, "num_cpus is wrong"),
+    ],
+)
+def test_ray_that_is_slow_to_start_is_started_once_more(
+    failures: tuple[Exception, ...], tries: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting = Starting(*failures)
+    monkeypatch.setattr("ray.init", starting)
+    with pytest.raises((UserError, ValueError), match=said) if said else nullcontext():
+        start_local(2)
+    assert starting.tries == tries
 
 
 @pytest.mark.parametrize("key", ["task_step.use_gpu", "learners.use_gpu"])

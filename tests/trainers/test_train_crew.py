@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rl_exit.cluster.local import start_local
 from rl_exit.errors import RunError
 from rl_exit.trainers import train_crew
 from rl_exit.trainers.train_crew import OnUpdate, TrainCrew
@@ -45,13 +46,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainCrew]:
     import ray
 
     paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
-    ray.init(
-        "local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
-    )
+    start_local(2, runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}})
     crew = TrainCrew(2, False, tmp_path_factory.mktemp("train"), count_to)
     yield crew
     crew.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import tempfile
@@ -16,6 +17,7 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from rl_exit import __version__
+from rl_exit.cluster.local import start_local
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def alone() -> Iterator[Path]:
     try:
         with threadpool_limits(1), tempfile.TemporaryDirectory(prefix="rl-exit-bench-") as folder:
             if starts:
-                ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+                start_local(2, logging_level=logging.ERROR)
             yield Path(folder)
     finally:
         if starts:

@@ -93,6 +93,19 @@ def check_algorithm(name: str) -> None:
         )
 
 
+def check_importable(name: str) -> None:
+    """Refuse what :func:`check_algorithm` refuses, and a dotted path that leads to no algorithm here.
+
+    Before anything is started or computed for a run whose policy phase could not begin.
+
+    Raises:
+        ConfigError: Unknown name, or a path that leads to no algorithm of the policy phase.
+    """
+    check_algorithm(name)
+    if "." in name:  # the built-in ones are there, and RLlib takes seconds to import
+        algorithm_class(name)
+
+
 def needs_session(name: str) -> bool:
     """Whether the algorithm needs Ray even without actors; an algorithm of the user's own is given it to be sure."""
     return next((info.needs_ray for info in _ALGORITHMS if info.name == name), True)
