@@ -46,7 +46,7 @@ def local_ray() -> Iterator[None]:
     """A Ray session of 4 CPUs for all tests that want actors and no cluster of their own: each start takes seconds."""
     import ray
 
-    from rl_exit.cluster.local import start_local
+    from rl_exit.trainers.local_ray import start_local
 
     here = Path(__file__).parent
     # What processes of the session inherit; a runtime_env would have every worker started a second time.

@@ -26,7 +26,6 @@ import ray
 import uvicorn
 from ray import serve
 
-from rl_exit.cluster.local import start_local
 from rl_exit.cluster.replicas import Asking, Replicas, Writers
 from rl_exit.errors import ConfigError, UserError
 from rl_exit.serving.http import Front, build_app
@@ -34,6 +33,7 @@ from rl_exit.serving.model_process import ModelProcess, ModelSettings
 from rl_exit.serving.schema import FULL_DEPTH, Limits, ModelInfo, Wish, WriteRequest
 from rl_exit.serving.writing_http import WritingFront, build_writing_app
 from rl_exit.serving.writing_schema import WriterInfo
+from rl_exit.trainers.local_ray import start_local
 
 NAME = "rl-exit"
 DRAIN = 30.0  # seconds that open requests are waited for at the end

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from rl_exit.cluster.local import start_local
 from rl_exit.cluster.plan import Plan, make_plan, nodes_of, roles
 from rl_exit.config import RunConfig
 from rl_exit.errors import UserError
+from rl_exit.trainers.local_ray import start_local
 from rl_exit.trainers.rllib.registry import check_importable, needs_session
 
 POLL_SECONDS = 2.0

@@ -4,10 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 
-from rl_exit.cluster.local import start_local
 from rl_exit.cluster.session import needs_ray, ray_session
 from rl_exit.config import load_config
 from rl_exit.errors import UserError
+from rl_exit.trainers.local_ray import start_local
 
 
 def test_a_local_run_without_workers_starts_no_ray() -> None:

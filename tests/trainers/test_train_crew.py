@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from rl_exit.cluster.local import start_local
 from rl_exit.errors import RunError
 from rl_exit.trainers import train_crew
+from rl_exit.trainers.local_ray import start_local
 from rl_exit.trainers.train_crew import OnUpdate, TrainCrew
 
 pytestmark = pytest.mark.ray

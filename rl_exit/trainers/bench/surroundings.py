@@ -17,7 +17,7 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from rl_exit import __version__
-from rl_exit.cluster.local import start_local
+from rl_exit.trainers.local_ray import start_local
 
 
 @contextmanager
