@@ -30,6 +30,11 @@ _SERVER.set_forkserver_preload(
         "datasets",
         "plotly.offline",
         "pyarrow.json",
+        "rl_exit.cluster.session",
+        "rl_exit.prediction",
+        "rl_exit.report",
+        "rl_exit.trainers.alternation",
+        "rl_exit.trainers.evaluate",
     ]
 )
 

@@ -217,6 +217,7 @@ def build_algorithm(store_path: str | Path, settings: PolicyPhaseSettings) -> An
     quiet_rllib()
     config = algorithm_class(settings.algorithm, settings.runner).get_default_config()
     config.open_store(str(store_path))
+    config.debugging(log_sys_usage=False)  # nobody reads it, and its thread makes every end of a phase wait up to 0.7 s
     config.env_runners(num_env_runners=settings.num_env_runners)
     config.learners(num_learners=settings.num_learners, num_gpus_per_learner=int(settings.learner_gpu))
     config.exits(
