@@ -18,8 +18,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
     [
         "transformers.models.bert.modeling_bert",
         "sklearn.metrics",
@@ -57,7 +57,7 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="rl-exit-process-") as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = _SERVER.Process(
+        process = FORKS.Process(
             target=_run, args=(work, args, str(cwd or Path.cwd()), dict(env or {}), str(out), str(err))
         )
         process.start()

@@ -128,8 +128,8 @@ def _write(folder: Path, rows: list[dict[str, object]]) -> None:
 def command(words: list[str]) -> None:
     """What ``rl-exit`` does here: training is on the tiny backbone and, where no data is named, on the tiny task.
 
-    The benchmark of sampling measures for a minute by design; here it is short and on one small store; that of learning
-    has one seed in place of three. A speed is asked for by the cost model alone: what the clock says of a tiny model is
+    Benchmarks measure for minutes by design; here each has one small case (a store, an algorithm, a context), and their
+    own tests have the others. A speed is asked for by the cost model alone: what the clock says of a tiny model is
     chance.
     """
     from rl_exit.cli import main
@@ -148,7 +148,13 @@ def command(words: list[str]) -> None:
     if words[:2] == ["bench", "learning"]:
         from rl_exit.trainers.bench import learning
 
-        (learning.run.__kwdefaults__ or {})["seeds"] = (0,)
+        learning.OPTIMA = learning.OPTIMA[:1]
+        (learning.run.__kwdefaults__ or {}).update(algorithms=("pg",), seeds=(0,))
+
+    if words[:2] == ["bench", "generation"]:
+        from rl_exit.trainers.bench import generation
+
+        generation.CASES = generation.CASES[:1]
 
     if words[:1] == ["train"] and "generation.yaml" in " ".join(words):
         words = [*words, *WRITING]

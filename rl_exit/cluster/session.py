@@ -37,8 +37,8 @@ def ray_session(config: RunConfig, at_least: int = 0) -> Iterator[Plan]:
     Raises:
         UserError: The algorithm is unknown, the cluster cannot be reached, or it is too small for the run.
     """
-    check_importable(config.algorithm)  # not after the seconds that a session takes to start
-    if not at_least:  # a sweep's runs have processes of their own, where the GPUs are
+    if not at_least:  # a sweep's runs have processes of their own, where the GPUs are, and fail each for itself
+        check_importable(config.algorithm)  # not after the seconds that a session takes to start
         _check_own_process(config)
     plan = make_plan(config, None)
     if not needs_ray(config) and not at_least:

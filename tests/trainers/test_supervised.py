@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from contextlib import suppress
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import FORKS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -257,8 +257,7 @@ def one_of_two(index: int, folder: Path, stop_at: int | None) -> None:
 def test_ranks_with_different_checkpoints_begin_anew(tmp_path: Path) -> None:
     def run(folder: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
         folder.mkdir(exist_ok=True)
-        context = multiprocessing.get_context("spawn")
-        ranks = [context.Process(target=one_of_two, args=(index, folder, stop_at)) for index in range(2)]
+        ranks = [FORKS.Process(target=one_of_two, args=(index, folder, stop_at)) for index in range(2)]
         for rank in ranks:
             rank.start()
         for rank in ranks:
