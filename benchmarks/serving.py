@@ -26,6 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,9 @@ async def poisson(
 def load(args: argparse.Namespace) -> dict[str, Any]:
     """Pooled, plain (by batch size) and full depth in turn at rising loads, until one is overloaded."""
     servers = {"pooled": ["--batching=pooled", f"--batch-size={args.batch_size}", "--deadline-ms=0"]}
-    for size in args.plain_batch_size:
-        servers[f"plain-{size}"] = ["--batching=plain", f"--batch-size={size}", "--deadline-ms=5"]
+    for size, wait in product(args.plain_batch_size, args.plain_deadline_ms):
+        name = f"plain-{size}" + (f"-{wait:g}-ms" if len(args.plain_deadline_ms) > 1 else "")
+        servers[name] = ["--batching=plain", f"--batch-size={size}", f"--deadline-ms={wait:g}"]
     rows: dict[str, list[dict[str, Any]]] = {}
     texts = Texts.of(args)
     with ExitStack() as stack:
@@ -487,6 +489,7 @@ def drawn(part: dict[str, Any], rng: random.Random) -> Any:
 
 def main() -> None:
     """Run one of the five and print its record."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the servers end with those who started them
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, work in (("load", load), ("chaos", chaos), ("soak", soak), ("fuzz", fuzz), ("engine", engine)):
@@ -500,6 +503,7 @@ def main() -> None:
         sub.add_argument("--most-p95-ms", type=float, default=1500.0)
         sub.add_argument("--batch-size", type=int, default=32)
         sub.add_argument("--plain-batch-size", type=int, nargs="+", default=[1, 4], help="Requests; the best counts.")
+        sub.add_argument("--plain-deadline-ms", type=float, nargs="+", default=[5], help="Of a batch; best counts.")
         sub.add_argument("--repeats", type=int, default=3, help="Of each load; medians count.")
         sub.add_argument("--sizes", type=int, nargs="+", default=[1, 1, 2, 4, 8], help="Texts per request, drawn.")
         sub.add_argument("--task", default="docstrings", help="Whose texts are asked (load, engine).")
