@@ -491,9 +491,10 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
         )
     for found in (results[name] for name in sorted(results) if name.startswith("serving-load-")):
         ratios = ", ".join(f"{ratio:.2f} at {most} ms" for most, ratio in found["pooled_vs_plain"].items() if ratio)
+        sizes = found["texts_per_request"]
         lines.append(
-            f"- Load once more; pooled over plain batching at equal p95: {ratios} (`{found['command']}`, "
-            f"{found['date'][:10]}).\n"
+            f"- Requests of {', '.join(map(str, sizes))} texts, drawn; pooled over plain batching at equal p95: {ratios} "
+            f"(`{found['command']}`, {found['date'][:10]}).\n"
         )
     for name in ("chaos", "soak", "fuzz"):
         found = results.get(f"serving-{name}")
