@@ -80,6 +80,7 @@ def _run(work: Callable[..., Any], args: tuple[Any, ...], cwd: str, env: dict[st
         os.close(handle)
     os.chdir(cwd)
     os.environ.update(env)
+    sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]  # read at a start only
     try:
         work(*args)
     finally:

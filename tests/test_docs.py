@@ -178,6 +178,9 @@ def run(line: str, desk: tuple[Path, dict[str, str]]) -> CompletedProcess[str]:
     """Run a line; what needs a shell gets one, the rest need not import everything again."""
     folder, env = desk
     words = shlex.split(line.replace("$RL_EXIT_TEST_WORDS", env["RL_EXIT_TEST_WORDS"]))
+    if words[0] == "PYTHONPATH=examples:$PYTHONPATH":
+        env = {**env, "PYTHONPATH": f"{folder / 'examples'}{os.pathsep}{env['PYTHONPATH']}"}
+        words, line = words[1:], line.partition(" ")[2]
     if words[0] == "rl-exit" and not set("|<>;&$`*") & set(line):
         return processes.run(command, words[1:], cwd=folder, env=env)
     if words[0] == "python":
