@@ -493,8 +493,8 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
         ratios = ", ".join(f"{ratio:.2f} at {most} ms" for most, ratio in found["pooled_vs_plain"].items() if ratio)
         sizes = found["texts_per_request"]
         lines.append(
-            f"- Requests of {', '.join(map(str, sizes))} texts, drawn; pooled over plain batching at equal p95: {ratios} "
-            f"(`{found['command']}`, {found['date'][:10]}).\n"
+            f"- Requests of {', '.join(map(str, sizes))} texts, drawn; pooled over plain batching at equal p95: "
+            f"{ratios} (`{found['command']}`, {found['date'][:10]}).\n"
         )
     for name in ("chaos", "soak", "fuzz"):
         found = results.get(f"serving-{name}")
