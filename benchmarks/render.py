@@ -433,7 +433,8 @@ def dial(results: dict[str, Any]) -> str:
 def _served(kind: str) -> str:
     """A way of serving in words."""
     if kind.startswith("plain-"):
-        return f"plain batching, {kind.removeprefix('plain-')}"
+        size, _, wait = kind.removeprefix("plain-").partition("-")
+        return f"plain batching, {size}" + (f" within {wait.replace('-', ' ')}" if wait else "")
     return {"pooled": "pooled", "full_depth": "full depth, plain batching"}[kind]
 
 
@@ -493,8 +494,9 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
         ratios = ", ".join(f"{ratio:.2f} at {most} ms" for most, ratio in found["pooled_vs_plain"].items() if ratio)
         sizes = found["texts_per_request"]
         lines.append(
-            f"- Requests of {', '.join(map(str, sizes))} texts, drawn; pooled over plain batching at equal p95: "
-            f"{ratios} (`{found['command']}`, {found['date'][:10]}).\n"
+            f"- Requests of {', '.join(map(str, sizes))} texts, drawn; pooled at equal p95 over the best of "
+            f"{', '.join(_served(kind) for kind in found['rows'] if kind.startswith('plain'))} (within 5 ms): {ratios} "
+            f"(`{found['command']}`, {found['date'][:10]}).\n"
         )
     for name in ("chaos", "soak", "fuzz"):
         found = results.get(f"serving-{name}")

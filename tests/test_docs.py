@@ -128,8 +128,8 @@ def _write(folder: Path, rows: list[dict[str, object]]) -> None:
 def command(words: list[str]) -> None:
     """What ``rl-exit`` does here: training is on the tiny backbone and, where no data is named, on the tiny task.
 
-    Benchmarks measure for minutes by design; here each has one small case (a store, an algorithm, a context), and their
-    own tests have the others. A speed is asked for by the cost model alone: what the clock says of a tiny model is
+    Benchmarks measure for minutes by design; here each has one small case (a store, an algorithm, a context), and more
+    of them are in their own tests. A speed is asked for by the cost model alone: what the clock says of a tiny model is
     chance.
     """
     from rl_exit.cli import main

@@ -188,5 +188,7 @@ def test_full_pipes_do_not_hold_each_other(process: ModelProcess, loop: asyncio.
 def test_full_pipes_do_not_hold_each_other_on_uvloop(folder: Path) -> None:
     """Ray's actors run on it."""
     process = ModelProcess(ModelSettings(str(folder)))
-    uvloop.run(fill_the_pipes(process))
-    process.close()
+    try:
+        uvloop.run(fill_the_pipes(process))
+    finally:
+        process.close()
