@@ -27,7 +27,7 @@ def serve(
         typer.Option(min=2, help="Decoder: tokens of a prompt and what follows; sets the cache's memory."),
     ] = 2048,
     deadline_ms: Annotated[
-        float | None, typer.Option(min=0, help="How long a text may wait for others; by default 0, plain: 5.")
+        float | None, typer.Option(min=0, help="How long a text may wait for others; by default 0, plain: 25.")
     ] = None,
     max_chars: Annotated[int, typer.Option(min=1, help="Characters of a text.")] = 20_000,
     max_texts: Annotated[int, typer.Option(min=1, help="Texts of a request.")] = 256,

@@ -62,7 +62,7 @@ class ServeOptions:
         threads: Torch threads of each.
         batching: ``pooled``, or ``plain``: ``serve.batch``, each batch to its end; for comparison.
         batch_size: Most texts in a step (plain: requests in a batch; decoder: texts that are written at a time).
-        deadline: Seconds that texts wait for others; None: pooled 0, plain 0.005. A decoder's do not wait.
+        deadline: Seconds that texts wait for others; None: pooled 0, plain 0.025. A decoder's do not wait.
         max_context: Decoder: most tokens of a prompt and of what follows it; memory is set aside for all rows.
         limits: On what comes in.
     """
@@ -100,7 +100,7 @@ class ModelReplica:
     def __init__(self, options: ServeOptions) -> None:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._pooled = options.batching == "pooled"
-        pooled_wait, plain_wait = (0.0, 0.005) if options.deadline is None else (options.deadline,) * 2
+        pooled_wait, plain_wait = (0.0, 0.025) if options.deadline is None else (options.deadline,) * 2
         settings = ModelSettings(options.model, options.threads, options.batch_size, pooled_wait)
         # Without its model a replica is dead: then whoever waits for it asks another, and Serve makes a new one.
         self._model = ModelProcess(settings, gone=lambda: os._exit(1))
@@ -143,7 +143,7 @@ class ModelReplica:
     def _told(self, state: dict[str, Any]) -> dict[str, Any]:
         return {"replica": self._name, "state": state}
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.025)
     async def _together(self, requests: list[Any]) -> list[Any]:
         """Plain batching."""
         found, state = await self._model.together(requests)
