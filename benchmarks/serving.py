@@ -504,7 +504,7 @@ def main() -> None:
         sub.add_argument("--most-p95-ms", type=float, default=1500.0)
         sub.add_argument("--batch-size", type=int, default=32)
         sub.add_argument("--plain-batch-size", type=int, nargs="+", default=[32], help="Requests; the best counts.")
-        sub.add_argument("--plain-deadline-ms", type=float, nargs="+", default=[5, 25, 60], help="Of a batch; best counts.")
+        sub.add_argument("--plain-deadline-ms", type=float, nargs="+", default=[5, 25, 60], help="Of a batch.")
         sub.add_argument("--repeats", type=int, default=3, help="Of each load; medians count.")
         sub.add_argument("--sizes", type=int, nargs="+", default=[1, 1, 2, 4, 8], help="Texts per request, drawn.")
         sub.add_argument("--task", default="docstrings", help="Whose texts are asked (load, engine).")
