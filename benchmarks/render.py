@@ -493,10 +493,12 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
     for found in (results[name] for name in sorted(results) if name.startswith("serving-load-")):
         ratios = ", ".join(f"{ratio:.2f} at {most} ms" for most, ratio in found["pooled_vs_plain"].items() if ratio)
         sizes = found["texts_per_request"]
+        plain = [kind for kind in found["rows"] if kind.startswith("plain")]
+        waits = {word for kind in plain for word in found["settings"][kind] if word.startswith("--deadline-ms")}
         lines.append(
             f"- Requests of {', '.join(map(str, sizes))} texts, drawn; pooled at equal p95 over the best of "
-            f"{', '.join(_served(kind) for kind in found['rows'] if kind.startswith('plain'))} (within 5 ms): {ratios} "
-            f"(`{found['command']}`, {found['date'][:10]}).\n"
+            f"{', '.join(map(_served, plain))} ({' '.join(sorted(waits))}): {ratios} (`{found['command']}`, "
+            f"{found['date'][:10]}).\n"
         )
     for name in ("chaos", "soak", "fuzz"):
         found = results.get(f"serving-{name}")
