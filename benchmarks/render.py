@@ -496,7 +496,8 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
         plain = [kind for kind in found["rows"] if kind.startswith("plain")]
         waits = {word for kind in plain for word in found["settings"][kind] if word.startswith("--deadline-ms")}
         lines.append(
-            f"- Requests of {', '.join(map(str, sizes))} texts, drawn; pooled at equal p95 over the best of "
+            f"- Requests of {', '.join(map(str, sizes))} texts of {', '.join(map(str, found['joined']))} sentences, "
+            f"drawn; pooled at equal p95 over the best of "
             f"{', '.join(map(_served, plain))} ({' '.join(sorted(waits))}): {ratios} (`{found['command']}`, "
             f"{found['date'][:10]}).\n"
         )

@@ -131,6 +131,7 @@ def test_a_pruned_copy(folder, tmp_path):
     assert "can be cut to 2..2" in refused("prune", folder, tmp_path / "other", "--depth", 3)
 
 
+@pytest.mark.slow
 def test_the_benchmark_reports_what_the_issue_asks(folder):
     found = json.loads(run("bench", "inference", folder, "--quick", "--batch-size", 8, "--speedup", 1.3, "--json"))
     model = found["models"]["model"]

@@ -42,6 +42,7 @@ def test_speed_moves_along_the_curve(trained):
     assert outcome(trained, split, 0.0)[0] == LAYERS
 
 
+@pytest.mark.slow
 def test_it_keeps_up_with_policies_for_one_price(trained):
     """Return at the price itself, in right answers: what is lost by serving all prices is under a point."""
     train, split = split_of(2000, 0), split_of(4000, 1)

@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+LONG = ("algorithms.md", "performance.md")  # several runs and benchmarks each
 # Commands that set up a machine; `make` targets are checked against the Makefile instead of being run.
 # A server runs until it is ended: tests/cluster/test_serving.py has it and its requests.
 SETUP = ("pip install", "git clone", "cd ", "python -m venv", "source ", "ray start", "ray stop")
@@ -191,7 +192,9 @@ def run(line: str, desk: tuple[Path, dict[str, str]]) -> CompletedProcess[str]:
 
 
 @pytest.mark.timeout(900)  # a page with many commands on a busy machine
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (page.name in LONG)) for page in PAGES]
+)
 def test_every_command_of_the_page_runs(page: Path, desk: tuple[Path, dict[str, str]]) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for line in commands(page):

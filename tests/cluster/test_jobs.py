@@ -161,6 +161,7 @@ class TestOnThreeRaylets:
         (stored,) = stored_runs(f"file://{tmp_path / 'kept'}")
         assert stored.result == row["result"]
 
+    @pytest.mark.slow
     def test_a_job_can_be_stopped(self, let_in: Raylets, tiny_run: list[str], tmp_path: Path) -> None:
         words = [word for word in tiny_run if not word.startswith("output_dir")]
         long = ["init.epochs=100000", "name=long", f"storage_path={tmp_path / 'kept'}"]

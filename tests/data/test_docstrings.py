@@ -47,6 +47,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docstrings, "LEAST_PER_CLASS", dict.fromkeys(PER_CLASS, 1))
 
 
+@pytest.mark.slow
 def test_sizes_and_balance(task: Task) -> None:
     assert task.metric == "accuracy"
     assert task.label_names == tuple(topic.label for topic in TOPICS)
@@ -60,16 +61,19 @@ def test_sizes_and_balance(task: Task) -> None:
     assert 3_600 <= len(task.splits["train"]) <= 12_000
 
 
+@pytest.mark.slow
 def test_rows_mix_the_classes(task: Task) -> None:
     for split in task.splits.values():
         assert len(set(split.labels[:100].tolist())) == len(TOPICS)
 
 
+@pytest.mark.slow
 def test_no_text_twice(task: Task) -> None:
     keys = [normalised(text) for split in task.splits.values() for text in split.texts]
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.slow
 def test_no_near_duplicates_across_splits(task: Task) -> None:
     words = {name: [content_words(normalised(text)) for text in split.texts] for name, split in task.splits.items()}
     for one, other in (("train", "test"), ("dev", "test"), ("train", "dev")):
@@ -113,6 +117,7 @@ def test_no_file_in_two_splits(monkeypatch: pytest.MonkeyPatch, small: None) -> 
     assert not chosen["dev"] & chosen["test"]
 
 
+@pytest.mark.slow
 def test_masks_hold(task: Task) -> None:
     words = {
         word.lower()
@@ -127,6 +132,7 @@ def test_masks_hold(task: Task) -> None:
     assert not [word for word in words if "_" in word]
 
 
+@pytest.mark.slow
 def test_texts_read_as_english(task: Task) -> None:
     for split in task.splits.values():
         for text in split.texts:
@@ -135,6 +141,7 @@ def test_texts_read_as_english(task: Task) -> None:
             assert text.endswith((".", "!", "?")), text
 
 
+@pytest.mark.slow
 def test_description_names_libraries_versions_and_weaknesses(task: Task) -> None:
     for word in ("networkx 3", "ray.rllib", "scikit-learn 1", "near-duplicates", "Weaknesses", "train "):
         assert word in task.description

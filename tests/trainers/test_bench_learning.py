@@ -102,6 +102,7 @@ def test_every_algorithm_has_a_plan_and_the_targets_are_those_asked_for() -> Non
         assert settings["epochs"] * settings["trajectories"] == plan.per_instance
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_measures_saves_and_goes_on(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "OPTIMA", (Optimum(100, 32, 1e-2, 0),))

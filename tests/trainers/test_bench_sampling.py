@@ -163,6 +163,7 @@ def test_the_page_shows_the_recorded_results() -> None:
     assert module.rendered(page.replace("| runner / bare loop |", "| runner / bare loops |")) == page
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_has_all_keys_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray

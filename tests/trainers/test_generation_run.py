@@ -133,6 +133,7 @@ def _die(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_exits_and_merges(small_text: None, tmp_path: Path):
     config = load_config(
         CONFIG,

@@ -90,6 +90,7 @@ def test_a_runner_that_dies_changes_nothing(store: StateStore) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in alone.weights.items())
 
 
+@pytest.mark.slow
 def test_a_learner_that_dies_changes_nothing(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
     start = heads(store).state_dict()
     # Minibatches in a seeded order, and trajectories drawn ahead: all of it must be as it was.
@@ -113,6 +114,7 @@ def test_a_learner_that_dies_changes_nothing(store: StateStore, monkeypatch: pyt
     assert [row["return"] for row in again.rows] == [row["return"] for row in whole.rows]
 
 
+@pytest.mark.slow
 def test_stock_ppo_on_the_plain_environment_learns(tmp_path: Path) -> None:
     store = solvable_store(tmp_path / "store", count=64, layers=3)
     start = heads(store).state_dict()

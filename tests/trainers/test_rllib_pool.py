@@ -141,6 +141,7 @@ def test_a_batch_travels_in_few_bytes_and_an_actor_holds_little(cluster: Cluster
     pool.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_killing_a_node_in_the_middle_costs_time_but_no_trajectory(cluster: Cluster, store: StateStore) -> None:
     node = cluster.add_node(num_cpus=2)

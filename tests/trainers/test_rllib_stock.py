@@ -53,7 +53,7 @@ def test_an_update_follows_every_block(store: StateStore, name: str) -> None:
     algo.stop()
 
 
-@pytest.mark.parametrize("name", ["impala", "appo", "dqn"])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("impala", "appo")), "dqn"])
 def test_runner_and_learner_as_actors(store: StateStore, name: str) -> None:
     start = heads(store).state_dict()
     result = train_policy(store.path, start, replace(QUICK, algorithm=name, num_env_runners=1, num_learners=1))
@@ -89,7 +89,7 @@ def greedy_share(store: StateStore, weights: dict[str, torch.Tensor]) -> float:
     return float((reached - anywhere) / (best - anywhere))
 
 
-@pytest.mark.parametrize(("runner", "least"), [("columnar", 0.95), ("rllib", 0.8)])
+@pytest.mark.parametrize(("runner", "least"), [("columnar", 0.95), pytest.param("rllib", 0.8, marks=pytest.mark.slow)])
 def test_finds_the_known_best_exits(tmp_path: Path, runner: Any, least: float) -> None:
     store = solvable_store(tmp_path / "store", count=64, layers=3)
     start = heads(store).state_dict()

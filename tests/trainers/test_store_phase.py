@@ -209,6 +209,7 @@ class TestWorkers:
         assert len(killed) == 1 and progress.seen[-1] == 60
         assert min(np.diff(progress.seen)) <= 0  # what the lost worker had done (if not all had arrived) is taken back
 
+    @pytest.mark.slow
     def test_a_shard_that_kills_every_worker_ends_the_build_in_words(
         self, desk: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

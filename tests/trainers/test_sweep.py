@@ -179,6 +179,7 @@ def test_what_is_heard_of_trials(tmp_path: Path) -> None:
     assert vars(pickle.loads(pickle.dumps(watch))) == {}  # as Tune does; the display cannot be pickled
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_sweep_of_real_runs(
     tiny_backbone: Path, tiny_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

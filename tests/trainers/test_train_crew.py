@@ -78,6 +78,7 @@ def test_trainings_follow_each_other_and_a_killed_worker_goes_on_from_its_place(
     assert len(set(pids(tmp_path / "c", 0))) == 2
 
 
+@pytest.mark.slow
 def test_a_lost_controller_gives_the_place_of_its_workers_back(crew: TrainCrew, tmp_path: Path) -> None:
     folder = tmp_path / "d"
     folder.mkdir()
@@ -119,6 +120,7 @@ def title(entry: Path) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_workers_that_die_at_the_same_place_again_and_again_end_it_in_words(
     crew: TrainCrew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
