@@ -16,6 +16,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton, where it is installed, is first imported
+os.environ.setdefault("RAY_enable_metrics_collection", "0")  # see rl_exit/trainers/local_ray.py; clusters of tests too
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # the token would be written into the home directory
 
 

@@ -12,6 +12,10 @@ from rl_exit.errors import UserError
 ATTEMPTS = 2
 SLOW = ("timed out", "failed to start gcs")  # what Ray says when its own processes are not there in time
 
+# Nobody reads Ray's own metrics in a session without a dashboard, and the thread that sends them may outlive the
+# session: when this process then ends, it ends with SIGSEGV (seen with Ray 2.60).
+QUIET = {"enable_metrics_collection": False}
+
 _log = logging.getLogger(__name__)
 
 
@@ -30,7 +34,8 @@ def start_local(num_cpus: int, **settings: Any) -> None:
     """
     import ray
 
-    settings = {"include_dashboard": False, "logging_level": logging.WARNING, "log_to_driver": False, **settings}
+    usual = {"include_dashboard": False, "logging_level": logging.WARNING, "log_to_driver": False}
+    settings = {**usual, "_system_config": QUIET, **settings}
     for attempt in range(1, ATTEMPTS + 1):
         try:
             ray.init("local", num_cpus=num_cpus, **settings)  # never joins another Ray of this machine by chance

@@ -69,6 +69,7 @@ class Starting:
 
     def __call__(self, address: str, **settings: object) -> None:
         self.tries += 1
+        self.settings = settings
         if self.failures:
             Node(self.failures.pop(0))
 
@@ -100,6 +101,7 @@ def test_ray_that_is_slow_to_start_is_started_once_more(
     with pytest.raises(error, match=said) if error else nullcontext():
         start_local(2)
     assert starting.tries == tries and Node.ended == ended
+    assert starting.settings["_system_config"] == {"enable_metrics_collection": False}
 
 
 @pytest.mark.parametrize("key", ["task_step.use_gpu", "learners.use_gpu"])

@@ -185,6 +185,7 @@ def test_full_pipes_do_not_hold_each_other(process: ModelProcess, loop: asyncio.
     loop.run_until_complete(fill_the_pipes(process))
 
 
+@pytest.mark.slow
 def test_full_pipes_do_not_hold_each_other_on_uvloop(folder: Path) -> None:
     """Ray's actors run on it."""
     process = ModelProcess(ModelSettings(str(folder)))

@@ -46,7 +46,7 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("algorithm", ["pg", "ppo", "exact"])
 def test_finds_the_known_best_exits(solvable: StateStore, algorithm: str, seed: int) -> None:
     start = heads(solvable, seed=seed).state_dict()

@@ -90,15 +90,15 @@ def undisturbed(
 @pytest.mark.parametrize(
     ("phase", "event", "count"),
     [
-        ("data", "end", 1),
-        ("init", "log", 9),
+        pytest.param("data", "end", 1, marks=pytest.mark.slow),
+        pytest.param("init", "log", 9, marks=pytest.mark.slow),
         ("init", "end", 1),
         ("store", "end", 1),
-        ("policy", "log", 2),
+        pytest.param("policy", "log", 2, marks=pytest.mark.slow),
         ("policy", "end", 2),
         ("dev", "end", 1),
         ("task", "log", 5),
-        ("final", "end", 1),
+        pytest.param("final", "end", 1, marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed(

@@ -52,7 +52,7 @@ def test_any_number_of_runners_gives_the_same_weights(
         assert [row["return"] for row in spread.rows] == [row["return"] for row in alone.rows]
 
 
-@pytest.mark.parametrize("algorithm", ["pg", "ppo"])
+@pytest.mark.parametrize("algorithm", ["pg", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_two_learners_hold_equal_weights_and_learn_as_one(store: StateStore, algorithm: str) -> None:
     # 96 instances in batches of 36: the last update has 24; minibatches of a whole batch, so that their make-up agrees.
     settings = replace(QUICK, algorithm=algorithm, batch_size=36, minibatch_size=64, num_learners=2)
