@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progre
 help:
 	@echo "make run     train on the built-in task and show what early exit saves (about 5 minutes, runs/docstrings)"
 	@echo "make test    tests (about 10 minutes); test-fast: without Ray; test-ray: those on a local Ray cluster"
-	@echo "make test-slow  those that make test leaves out: long ones that repeat what a shorter one shows"
+	@echo "make test-slow  those that make test leaves out because they take long; CI runs both"
 	@echo "make check   ruff and mypy;  make format;  make wheel;  make clean"
 
 # torch is pinned: an open range would take the newest. Which build comes (with CUDA: gigabytes) is up to pip's own settings.
@@ -24,12 +24,12 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP)
 	$(BIN)/rl-exit train configs/default.yaml --resume
 
-TIER ?= not slow
+TIER = not slow
 
 # Both side by side, since the tests on a Ray cluster mostly wait; they go first where both want a core, as they take longer.
 # Their output follows when the others are done.
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "ray and $(TIER)" >$(VENV)/test-ray.log 2>&1 & ray=$$!; \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "ray and ($(TIER))" >$(VENV)/test-ray.log 2>&1 & ray=$$!; \
 	trap 'kill $$ray 2>/dev/null; exit 130' INT TERM; \
 	nice -n 10 $(MAKE) --no-print-directory test-fast TIER="$(TIER)"; fast=$$?; \
 	wait $$ray; ray=$$?; cat $(VENV)/test-ray.log; \
@@ -38,10 +38,10 @@ test: $(STAMP)
 	[ $$fast -eq 0 ] && [ $$ray -eq 0 ]
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not ray and $(TIER)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not ray and ($(TIER))"
 
 test-ray: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "ray and $(TIER)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "ray and ($(TIER))"
 
 test-slow:
 	@$(MAKE) --no-print-directory test TIER=slow

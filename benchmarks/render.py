@@ -494,11 +494,12 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
         ratios = ", ".join(f"{ratio:.2f} at {most} ms" for most, ratio in found["pooled_vs_plain"].items() if ratio)
         sizes = found["texts_per_request"]
         plain = [kind for kind in found["rows"] if kind.startswith("plain")]
-        waits = {word for kind in plain for word in found["settings"][kind] if word.startswith("--deadline-ms")}
+        waits = dict.fromkeys(w for kind in plain for w in found["settings"][kind] if w.startswith("--deadline-ms"))
+        joined = ", ".join(map(str, found["joined"]))
         lines.append(
-            f"- Requests of {', '.join(map(str, sizes))} texts of {', '.join(map(str, found['joined']))} sentences, "
-            f"drawn; pooled at equal p95 over the best of "
-            f"{', '.join(map(_served, plain))} ({' '.join(sorted(waits))}): {ratios} (`{found['command']}`, "
+            f"- Texts per request {', '.join(map(str, sizes))}, sentences per text {joined}, drawn; pooled at equal "
+            f"p95 over the best of "
+            f"{', '.join(map(_served, plain))} ({' '.join(waits)}): {ratios} (`{found['command']}`, "
             f"{found['date'][:10]}).\n"
         )
     for name in ("chaos", "soak", "fuzz"):
