@@ -31,7 +31,7 @@ print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # tests that wander between processes leave the module and come back to it
 def task() -> Task:
     return build()
 

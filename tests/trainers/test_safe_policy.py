@@ -63,7 +63,7 @@ def config() -> Any:
     return load_config(None, ["algorithm=exact", "policy.epochs=40", "policy.answer=exit", "seed=1"])
 
 
-@pytest.mark.parametrize(("misleading", "better"), [(True, True), pytest.param(False, False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("misleading", "better"), [(True, True), (False, False)])
 def test_a_policy_decides_only_where_confidence_misleads(tmp_path: Path, config: Any, misleading: bool, better: bool):
     store_of(tmp_path / "store", misleading)
     told: list[int] = []
