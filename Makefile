@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progre
 .PHONY: run test test-fast test-ray test-slow check chaos format wheel clean help
 
 help:
-	@echo "make run     train on the built-in task and show what early exit saves (about 5 minutes, runs/docstrings)"
+	@echo "make run     train on the built-in task and show what early exit saves (5 to 15 minutes, runs/docstrings)"
 	@echo "make test    tests (about 10 minutes); test-fast: without Ray; test-ray: those on a local Ray cluster"
 	@echo "make test-slow  those that make test leaves out because they take long; CI runs both"
 	@echo "make check   ruff and mypy;  make format;  make wheel;  make clean"

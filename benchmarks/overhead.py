@@ -47,6 +47,7 @@ def main() -> None:
     import ray
 
     from rl_exit.files import write_json
+    from rl_exit.trainers.local_ray import start_local
     from rl_exit.trainers.run_directory import versions
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,7 +59,7 @@ def main() -> None:
         Desk(folder)  # model and task
         here = seconds(folder, "here", ["init.batch_size=32", "task_step.batch_size=32"], ())
         os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
-        ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        start_local(6, logging_level="ERROR")
         spread = seconds(folder, "spread", WORKERS, KEPT)
         ray.shutdown()
     rounds: list[dict[str, Any]] = []

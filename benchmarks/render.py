@@ -491,16 +491,19 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
             f"a second: {rates} (`{alone['command']}`, {alone['date'][:10]}).\n"
         )
     for found in (results[name] for name in sorted(results) if name.startswith("serving-load-")):
-        ratios = ", ".join(f"{ratio:.2f} at {most} ms" for most, ratio in found["pooled_vs_plain"].items() if ratio)
         sizes = found["texts_per_request"]
         plain = [kind for kind in found["rows"] if kind.startswith("plain")]
+        ratios = ", ".join(
+            f"{ratio:.2f} at {most} ms" if ratio else f"only plain batching keeps {most} ms"
+            for most, ratio in found["pooled_vs_plain"].items()
+            if ratio or any(rate for kind, rate in found["throughput_at_p95_ms"][most].items() if kind in plain)
+        )
         waits = dict.fromkeys(w for kind in plain for w in found["settings"][kind] if w.startswith("--deadline-ms"))
         joined = ", ".join(map(str, found["joined"]))
         lines.append(
             f"- Texts per request {', '.join(map(str, sizes))}, sentences per text {joined}, drawn; pooled at equal "
-            f"p95 over the best of "
-            f"{', '.join(map(_served, plain))} ({' '.join(waits)}): {ratios} (`{found['command']}`, "
-            f"{found['date'][:10]}).\n"
+            f"p95 over the best of {', '.join(map(_served, plain))} ({' '.join(waits)}): {ratios} "
+            f"(`{found['command']}`, {found['date'][:10]}).\n"
         )
     for name in ("chaos", "soak", "fuzz"):
         found = results.get(f"serving-{name}")

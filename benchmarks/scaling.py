@@ -151,9 +151,11 @@ def measure(weight_bytes: int, answer_bytes: int) -> dict[str, float]:
     """Constants of Ray on this machine: actors that do nothing but answer with as many bytes as a batch."""
     import ray
 
+    from rl_exit.trainers.local_ray import start_local
+
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start_local(4, logging_level="ERROR")
 
     @ray.remote(num_cpus=1)
     class Idle:

@@ -40,6 +40,8 @@ DRAIN = 30.0  # seconds that open requests are waited for at the end
 KEPT_OPEN = 90  # seconds that a client's idle connection is kept
 FRONT_ENDS = 2.0  # seconds more for the HTTP side, which has waited for its requests before it is ended
 
+PLAIN_WAIT = 0.025  # seconds that plain batching waits for a batch: short of it batches stand in line, beyond it texts
+
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 # What makes Serve cheaper for replicas whose code never blocks its event loop, as ours: one loop in place of three.
@@ -100,7 +102,7 @@ class ModelReplica:
     def __init__(self, options: ServeOptions) -> None:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._pooled = options.batching == "pooled"
-        pooled_wait, plain_wait = (0.0, 0.025) if options.deadline is None else (options.deadline,) * 2
+        pooled_wait, plain_wait = (0.0, PLAIN_WAIT) if options.deadline is None else (options.deadline,) * 2
         settings = ModelSettings(options.model, options.threads, options.batch_size, pooled_wait)
         # Without its model a replica is dead: then whoever waits for it asks another, and Serve makes a new one.
         self._model = ModelProcess(settings, gone=lambda: os._exit(1))
@@ -143,7 +145,7 @@ class ModelReplica:
     def _told(self, state: dict[str, Any]) -> dict[str, Any]:
         return {"replica": self._name, "state": state}
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.025)
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=PLAIN_WAIT)
     async def _together(self, requests: list[Any]) -> list[Any]:
         """Plain batching."""
         found, state = await self._model.together(requests)

@@ -35,7 +35,7 @@ def start_local(num_cpus: int, **settings: Any) -> None:
     import ray
 
     usual = {"include_dashboard": False, "logging_level": logging.WARNING, "log_to_driver": False}
-    settings = {**usual, "_system_config": QUIET, **settings}
+    settings = usual | {"_system_config": QUIET} | settings
     for attempt in range(1, ATTEMPTS + 1):
         try:
             ray.init("local", num_cpus=num_cpus, **settings)  # never joins another Ray of this machine by chance
