@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -57,6 +57,27 @@ class Server:
                 if word in " ".join(one.cmdline()):
                     found.append(one)
         return found
+
+    @contextmanager
+    def alone(self, others: Sequence[Server]) -> Iterator[None]:
+        """Stop the processes of other servers for a while: an idle Ray takes a sixth of a core."""
+        stopped = [
+            one
+            for other in others
+            if other is not self
+            for one in (psutil.Process(other.process.pid), *other.processes(""))
+        ]
+        try:
+            _send(stopped, signal.SIGSTOP)
+            yield
+        finally:
+            _send(reversed(stopped), signal.SIGCONT)
+
+
+def _send(processes: Iterable[psutil.Process], what: signal.Signals) -> None:
+    for one in processes:
+        with suppress(psutil.Error):
+            one.send_signal(what)
 
 
 @contextmanager
@@ -183,20 +204,24 @@ async def poisson(
 
 
 def load(args: argparse.Namespace) -> dict[str, Any]:
-    """Pooled, plain (by batch size) and full depth in turn at rising loads, until one is overloaded."""
-    servers = {"pooled": ["--batching=pooled", f"--batch-size={args.batch_size}", "--deadline-ms=0"]}
+    """Pooled, pooled with goals, plain (by batch size) and full depth in turn at rising loads, until overloaded."""
+    pooled = ["--batching=pooled", f"--batch-size={args.batch_size}"]
+    servers = {"pooled": [*pooled, "--deadline-ms=0"]}
+    goals = {goal_kind(goal): goal for goal in args.goal_ms}
+    servers.update({name: [*pooled, f"--goal-ms={goal:g}"] for name, goal in goals.items()})
     for size, wait in product(args.plain_batch_size, args.plain_deadline_ms):
         name = f"plain-{size}" + (f"-{wait:g}-ms" if len(args.plain_deadline_ms) > 1 else "")
         servers[name] = ["--batching=plain", f"--batch-size={size}", f"--deadline-ms={wait:g}"]
     rows: dict[str, list[dict[str, Any]]] = {}
     texts = Texts.of(args)
     with ExitStack() as stack:
-        kinds: dict[str, tuple[str, dict[str, Any]]] = {
-            name: (stack.enter_context(serving(args.model, *words)).address, {}) for name, words in servers.items()
+        running = [stack.enter_context(serving(args.model, *words)) for words in servers.values()]
+        kinds: dict[str, tuple[Server, dict[str, Any]]] = {
+            name: (server, {}) for name, server in zip(servers, running, strict=True)
         }
-        kinds["full_depth"] = (kinds[list(servers)[-1]][0], {"operating_point": "full-depth"})
-        for address, extra in kinds.values():
-            asyncio.run(poisson(address, 10, 2, 99, extra, args.sizes, texts))  # warm
+        kinds["full_depth"] = (running[-1], {"operating_point": "full-depth"})
+        for server, extra in kinds.values():
+            asyncio.run(poisson(server.address, 10, 2, 99, extra, args.sizes, texts))  # warm
         over: set[str] = set()
         for rate in args.rates:
             turns: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds if kind not in over}
@@ -205,14 +230,16 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
             for turn in range(args.repeats):
                 first = turn % len(turns)
                 for kind in (*list(turns)[first:], *list(turns)[:first]):
-                    address, extra = kinds[kind]
+                    server, extra = kinds[kind]
                     asked = args.seconds, 1000 * turn + int(rate), extra, args.sizes, texts, args.warm
-                    turns[kind].append(asyncio.run(poisson(address, rate, *asked)))
+                    with server.alone(running):
+                        turns[kind].append(asyncio.run(poisson(server.address, rate, *asked)))
             for kind, each in turns.items():
                 row = middle(each)
                 rows.setdefault(kind, []).append(row)
                 print(kind, json.dumps(row), file=sys.stderr)
-                if not row["p95_ms"] <= args.most_p95_ms:
+                # With a goal a p95 far beyond it says no more than one just beyond it.
+                if not row["p95_ms"] <= min(args.most_p95_ms, 2 * goals.get(kind, args.most_p95_ms)):
                     over.add(kind)
     return {
         "settings": servers,
@@ -221,19 +248,26 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         "task": texts.task,
         "joined": texts.joined,
         "rows": rows,
-        **at_equal_p95(rows),
+        **at_equal_p95(rows, sorted({150, 200, 300, 500, 1000, *args.goal_ms})),
     }
 
 
-def at_equal_p95(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """What each kind answers within bounds of p95, and pooled over the best plain batching."""
-    limits = [150, 200, 300, 500, 1000]
-    answered = {str(limit): {kind: sustained(found, limit) for kind, found in rows.items()} for limit in limits}
-    ratios = {}
+def goal_kind(goal: float | str) -> str:
+    """The name of pooling with a goal, of so many milliseconds."""
+    return f"pooled-goal-{float(goal):g}-ms"
+
+
+def at_equal_p95(rows: dict[str, list[dict[str, Any]]], limits: Sequence[float]) -> dict[str, Any]:
+    """What each kind answers within bounds of p95; pooled, and pooled with that bound as its goal, over the best plain
+    batching."""
+    answered = {f"{limit:g}": {kind: sustained(found, limit) for kind, found in rows.items()} for limit in limits}
+    ratios: dict[str, dict[str, float | None]] = {"pooled_vs_plain": {}, "goal_vs_plain": {}}
     for limit, found in answered.items():
         plain = max((rate or 0.0 for kind, rate in found.items() if kind.startswith("plain")), default=0.0)
-        ratios[limit] = found["pooled"] / plain if found["pooled"] and plain else None
-    return {"throughput_at_p95_ms": answered, "pooled_vs_plain": ratios}
+        for name, kind in (("pooled_vs_plain", "pooled"), ("goal_vs_plain", goal_kind(limit))):
+            rate = found.get(kind)
+            ratios[name][limit] = rate / plain if rate and plain else None
+    return {"throughput_at_p95_ms": answered, **ratios}
 
 
 def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -505,6 +539,7 @@ def main() -> None:
         sub.add_argument("--batch-size", type=int, default=32)
         sub.add_argument("--plain-batch-size", type=int, nargs="+", default=[32], help="Requests; the best counts.")
         sub.add_argument("--plain-deadline-ms", type=float, nargs="+", default=[5, 25, 60], help="Of a batch.")
+        sub.add_argument("--goal-ms", type=float, nargs="*", default=[], help="Of pooling, one server each (load).")
         sub.add_argument("--repeats", type=int, default=3, help="Of each load; medians count.")
         sub.add_argument("--sizes", type=int, nargs="+", default=[1, 1, 2, 4, 8], help="Texts per request, drawn.")
         sub.add_argument("--task", default="docstrings", help="Whose texts are asked (load, engine).")

@@ -29,6 +29,10 @@ def serve(
     deadline_ms: Annotated[
         float | None, typer.Option(min=0, help="How long a text may wait for others; by default 0, plain: 25.")
     ] = None,
+    goal_ms: Annotated[
+        float | None,
+        typer.Option(min=0, help="Answer as many requests as possible within this, the others when there is time."),
+    ] = None,
     max_chars: Annotated[int, typer.Option(min=1, help="Characters of a text.")] = 20_000,
     max_texts: Annotated[int, typer.Option(min=1, help="Texts of a request.")] = 256,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1_000_000,
@@ -48,6 +52,7 @@ def serve(
         batching=batching,  # type: ignore[arg-type]  # checked there
         batch_size=batch_size,
         deadline=None if deadline_ms is None else deadline_ms / 1000,
+        goal=None if goal_ms is None else goal_ms / 1000,
         max_context=max_context,
         limits=Limits(max_chars, max_texts, max_body, max_waiting, timeout),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -65,6 +66,7 @@ class ServeOptions:
         batching: ``pooled``, or ``plain``: ``serve.batch``, each batch to its end; for comparison.
         batch_size: Most texts in a step (plain: requests in a batch; decoder: texts that are written at a time).
         deadline: Seconds that texts wait for others; None: pooled 0, plain 0.025. A decoder's do not wait.
+        goal: Seconds within which as many requests as possible are answered, others later; None: as they came.
         max_context: Decoder: most tokens of a prompt and of what follows it; memory is set aside for all rows.
         limits: On what comes in.
     """
@@ -77,6 +79,7 @@ class ServeOptions:
     batching: Batching = "pooled"
     batch_size: int = 32
     deadline: float | None = None
+    goal: float | None = None
     max_context: int = 2048
     limits: Limits = field(default_factory=Limits)
 
@@ -90,6 +93,13 @@ class ServeOptions:
             raise ConfigError(f"deadline = {self.deadline} seconds; accepted: 0 or more")
         if self.batching not in ("pooled", "plain"):
             raise ConfigError(f"batching = {self.batching!r}; accepted: pooled, plain")
+        if self.goal is not None and not self.goal > 0:
+            raise ConfigError(f"goal = {self.goal} seconds; accepted: more than 0")
+        if self.goal is not None and (self.deadline or self.batching == "plain"):
+            raise ConfigError(
+                f"goal = {self.goal} seconds, deadline = {self.deadline}, batching = {self.batching!r}; accepted: a "
+                "goal with 'pooled' and without a deadline (plain batches are answered as they came)"
+            )
 
 
 class ModelReplica:
@@ -103,7 +113,8 @@ class ModelReplica:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._pooled = options.batching == "pooled"
         pooled_wait, plain_wait = (0.0, PLAIN_WAIT) if options.deadline is None else (options.deadline,) * 2
-        settings = ModelSettings(options.model, options.threads, options.batch_size, pooled_wait)
+        goal = math.inf if options.goal is None else options.goal
+        settings = ModelSettings(options.model, options.threads, options.batch_size, pooled_wait, goal)
         # Without its model a replica is dead: then whoever waits for it asks another, and Serve makes a new one.
         self._model = ModelProcess(settings, gone=lambda: os._exit(1))
         self._together.set_max_batch_size(options.batch_size)
@@ -347,6 +358,10 @@ def _writer_info(model: Any, name: str, options: ServeOptions) -> WriterInfo:
 
     if options.batching == "plain":
         raise ConfigError("batching = 'plain' is for classifiers; a decoder is served with 'pooled'")
+    if options.goal is not None:
+        raise ConfigError(
+            f"goal = {options.goal} seconds is for classifiers; a decoder's texts are written as they came"
+        )
     check_writer(model, name)
     return WriterInfo(
         name=name,

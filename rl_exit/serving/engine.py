@@ -18,6 +18,7 @@ import torch
 
 from rl_exit.criteria import Criterion
 from rl_exit.data.instances import Instances
+from rl_exit.serving.goal import GoalPool
 from rl_exit.serving.pool import PoolRules, RequestPool, Row
 from rl_exit.serving.steps import Passage, run_step
 from rl_exit.serving.texts import Left
@@ -31,12 +32,14 @@ RAGGED_AREA = 4096  # rows times the longest: at 512 tokens padded attention is 
 
 @dataclass
 class Counts:
-    """What an engine has done since it began; ``tokens`` has the padding that was computed, ``real_tokens`` none."""
+    """What an engine has done since it began; ``tokens`` has the padding that was computed, ``real_tokens`` none;
+    ``late``: requests that took longer than the goal."""
 
     steps: int = 0
     rows: int = 0
     tokens: int = 0
     real_tokens: int = 0
+    late: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -78,7 +81,8 @@ class PooledEngine:
     def __init__(self, model: Any, rules: PoolRules, clock: Callable[[], float] = time.monotonic) -> None:
         self.counts = Counts()
         self._model = model.eval()
-        self._pool: RequestPool[_Waiting] = RequestPool(model.num_layers, rules)
+        kind: type[RequestPool[_Waiting]] = RequestPool if math.isinf(rules.goal) else GoalPool
+        self._pool = kind(model.num_layers, rules)
         self._clock = clock
         self._wake = threading.Condition()
         self._arrived: list[Row[_Waiting]] = []
@@ -108,7 +112,7 @@ class PooledEngine:
         for place, (start, stop) in enumerate(ends):
             types = None if instances.token_types is None else instances.token_types[start:stop]
             passage = Passage(instances.tokens[start:stop], types, rule)
-            rows.append(Row(_Waiting(passage, request, place), length=stop - start, arrived=now))
+            rows.append(Row(_Waiting(passage, request, place), length=stop - start, arrived=now, request=request))
         with self._wake:
             self._refuse_if_closed()
             self._pad_token_id = instances.pad_token_id
@@ -170,7 +174,7 @@ class PooledEngine:
     def _step(self, rows: list[Row[_Waiting]]) -> None:
         if not rows:
             return
-        layer = rows[0].layer
+        layer, began = rows[0].layer, self._clock()
         try:
             outcome = run_step(self._model, layer, [row.payload.passage for row in rows], self._pad_token_id)
         except Exception as error:  # noqa: BLE001 - whoever waits is told; the thread serves the others
@@ -178,6 +182,7 @@ class PooledEngine:
                 _settle(row.payload.request, error)
             return
         now = self._clock()
+        self._pool.ran(rows, layer, len(outcome.left), now - began)
         self.counts.steps += 1
         self.counts.rows += len(rows)
         self.counts.tokens += outcome.tokens
@@ -191,16 +196,18 @@ class PooledEngine:
             request = row.payload.request
             request.found[row.payload.place] = Left(logits, layer, now - row.arrived)
             if len(request.found) == request.texts:
+                self.counts.late += now - row.arrived > self._pool.rules.goal
                 _settle(request)
 
 
-def measure_rules(model: Any, batch_size: int, deadline: float) -> PoolRules:
+def measure_rules(model: Any, batch_size: int, deadline: float, goal: float = math.inf) -> PoolRules:
     """Find what a step costs beside its tokens on this machine, and how many tokens a step is best limited to.
 
     Args:
         model: In evaluation mode.
         batch_size: Most rows in a step.
         deadline: Seconds, as in :class:`rl_exit.serving.pool.PoolRules`.
+        goal: Likewise.
 
     Returns:
         Rules with ``overhead`` and ``batch_tokens`` as measured within about a second. On a CPU, where every token
@@ -216,12 +223,12 @@ def measure_rules(model: Any, batch_size: int, deadline: float) -> PoolRules:
     # Of the sizes that are about as good as the best, the smallest: it makes others wait least.
     enough = next(size for size in sizes if per_row[size] <= 1.05 * per_row[best])
     if best == 1:
-        return PoolRules(batch_size, deadline, 0.0, length, *packed)
+        return PoolRules(batch_size, deadline, 0.0, length, *packed, goal)
     # took = a + b * size * length through the single row and the best size.
     slope = (took[best] - took[1]) / (best - 1)
     overhead = max(took[1] - slope, 0.0) / max(slope / length, 1e-9)
     limit = enough * length if enough < sizes[-1] else batch_size * model.max_length
-    return PoolRules(batch_size, deadline, overhead, limit, *packed)
+    return PoolRules(batch_size, deadline, overhead, limit, *packed, goal)
 
 
 @torch.inference_mode()

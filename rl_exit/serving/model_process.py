@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -45,12 +46,14 @@ class ModelSettings:
         threads: Torch threads.
         batch_size: Most rows in a step.
         deadline: Seconds, as in :class:`rl_exit.serving.pool.PoolRules`.
+        goal: Likewise.
     """
 
     model: str
     threads: int = 1
     batch_size: int = 32
     deadline: float = 0.0
+    goal: float = math.inf
 
 
 class ModelGone(RuntimeError):
@@ -195,7 +198,7 @@ class _Worker:
         torch.set_num_threads(settings.threads)
         sys.setswitchinterval(0.0005)  # those who ask and the model take turns more often than every 5 ms
         model = EarlyExitModel.from_pretrained(settings.model).eval()
-        self.service = ModelService(model, measure_rules(model, settings.batch_size, settings.deadline))
+        self.service = ModelService(model, measure_rules(model, settings.batch_size, settings.deadline, settings.goal))
         self._pipe = pipe
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._sender = Thread(target=self._send_answers, name="rl-exit-answers", daemon=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -29,6 +29,7 @@ class Row(Generic[Payload]):
         arrived: When it came, in seconds of the caller's clock.
         layer: The layer that it waits for, 1..L.
         since: Since when it waits there.
+        request: Whose it is: rows of one request are answered together. None: it is one by itself.
     """
 
     payload: Payload
@@ -36,6 +37,7 @@ class Row(Generic[Payload]):
     arrived: float
     layer: int = 1
     since: float = 0.0
+    request: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class PoolRules:
             its square, or padded in attention alone): within it the length of a row is no reason to leave it out.
             0 where padding is computed.
         packed_area: Most rows times longest row in a step without padding, for what attention pads.
+        goal: Seconds within which as many requests as possible are to be answered; infinity: they are answered as they
+            came (:class:`rl_exit.serving.goal.GoalPool`).
     """
 
     batch_size: int = 32
@@ -61,6 +65,7 @@ class PoolRules:
     batch_tokens: int = 4096
     packed_tokens: int = 0
     packed_area: float = math.inf
+    goal: float = math.inf
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_tokens < 1:
@@ -73,6 +78,10 @@ class PoolRules:
             raise ConfigError(f"packed_area = {self.packed_area}; accepted: 0 or more")
         if not self.deadline >= 0 or not self.overhead >= 0:
             raise ConfigError(f"deadline = {self.deadline}, overhead = {self.overhead}; accepted: 0 or more")
+        if not self.goal > 0:
+            raise ConfigError(f"goal = {self.goal} seconds; accepted: more than 0")
+        if self.deadline and self.goal < math.inf:
+            raise ConfigError(f"deadline = {self.deadline}, goal = {self.goal}; accepted: one of the two")
 
 
 class _Queue(Generic[Payload]):
@@ -157,6 +166,9 @@ class RequestPool(Generic[Payload]):
         few = queue.tokens <= MANY * self.rules.packed_tokens
         numbers = self._oldest(queue) if few else self._companions(queue)
         return [queue.remove(number) for number in numbers]
+
+    def ran(self, rows: Sequence[Row[Payload]], layer: int, left: int, seconds: float) -> None:
+        """Told of a step: its rows, how many of them left, and what it took. Nothing is learned from it here."""
 
     def _choose(self, now: float) -> _Queue[Payload] | None:
         held = [queue for queue in self._queues if queue.by_age]

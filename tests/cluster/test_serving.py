@@ -77,11 +77,27 @@ def test_a_request_whose_replica_dies_goes_to_another(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "words", [{"port": 0}, {"replicas": 0}, {"batch_size": 0}, {"deadline": -1.0}, {"batching": "other"}]
+    "words",
+    [
+        {"port": 0},
+        {"replicas": 0},
+        {"batch_size": 0},
+        {"deadline": -1.0},
+        {"batching": "other"},
+        {"goal": 0.0},
+        {"goal": float("nan")},
+        {"goal": 0.1, "deadline": 0.01},
+        {"goal": 0.1, "batching": "plain"},
+    ],
 )
 def test_options_out_of_range_are_refused(words: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="accepted"):
         ServeOptions("model", **words)
+
+
+def test_a_goal_that_cannot_be_had_is_one_message() -> None:
+    done = CliRunner().invoke(app, ["serve", "nowhere", "--goal-ms", "100", "--batching", "plain"])
+    assert done.exit_code == 2 and "a goal with 'pooled'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_address_that_cannot_be_used_is_one_message() -> None:

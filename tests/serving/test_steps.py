@@ -146,9 +146,9 @@ def test_steps_refuse_training_mode_and_nothing(model: EarlyExitModel) -> None:
         run_step(model, 1, [], 0)
 
 
-@pytest.fixture
-def engine(model: EarlyExitModel) -> Any:
-    made = PooledEngine(model, PoolRules(batch_size=4, deadline=0.001))
+@pytest.fixture(params=[PoolRules(batch_size=4, deadline=0.001), PoolRules(batch_size=4, goal=0.02)])
+def engine(model: EarlyExitModel, request: pytest.FixtureRequest) -> Any:
+    made = PooledEngine(model, request.param)
     yield made
     made.close()
 
@@ -216,9 +216,25 @@ def test_closing_answers_what_is_inside_and_takes_no_more(model: EarlyExitModel)
         made.call(lambda: None)
 
 
+def test_with_a_goal_requests_that_take_longer_are_counted(model: EarlyExitModel) -> None:
+    now = iter(np.arange(0.0, 1e6))  # a second for each look at the clock
+    engine = PooledEngine(model, PoolRules(goal=10.0), clock=lambda: float(next(now)))
+    quick = engine.submit(instances_of(model, 1, 0), Fixed(1))
+    quick.result(10)
+    assert engine.counts.late == 0
+    free = threading.Event()
+    engine.call(lambda: (free.wait(10), [next(now) for _ in range(20)]))
+    slow = engine.submit(instances_of(model, 2, 0), Fixed(3))
+    free.set()
+    slow.result(10)
+    engine.close()
+    assert engine.counts.late == 1, "a request, not its texts"
+
+
 def test_the_rules_of_this_machine_are_measured(model: EarlyExitModel) -> None:
     rules = measure_rules(model, 8, 0.01)
-    assert (rules.batch_size, rules.deadline) == (8, 0.01)
+    assert (rules.batch_size, rules.deadline, rules.goal) == (8, 0.01, float("inf"))
+    assert measure_rules(model, 8, 0.0, goal=0.2).goal == 0.2
     assert 0 <= rules.overhead < 1e9 and rules.batch_tokens >= 1
     quick = [model.backbone.drops_padding(layer, model.backbone.begin(torch.ones(1, 1).long())) for layer in (1, 2, 3)]
     expected = (1024, 4096) if all(quick) else (256, float("inf"))
