@@ -430,8 +430,13 @@ def dial(results: dict[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n{notes}\n`{results['command']}`, {results['date']}.\n"
 
 
+GOAL = "pooled-goal-"
+
+
 def _served(kind: str) -> str:
     """A way of serving in words."""
+    if kind.startswith(GOAL):
+        return f"pooled, goal {kind.removeprefix(GOAL).replace('-', ' ')}"
     if kind.startswith("plain-"):
         size, _, wait = kind.removeprefix("plain-").partition("-")
         return f"plain batching, {size}" + (f" within {wait.replace('-', ' ')}" if wait else "")
@@ -452,19 +457,21 @@ def serving(results: dict[str, Any]) -> str:
         for row in found
     ]
     load = markdown_table(["", "offered per s", "answered per s", "texts per s", "p50 ms", "p95 ms", "p99 ms"], rows)
-    bounds = [
-        [
-            f"{limit} ms",
-            *("-" if found.get(kind) is None else f"{found[kind]:.1f}" for kind in results["rows"]),
-            "-" if ratio is None else f"{ratio:.2f}",
-        ]
-        for (limit, found), ratio in zip(
-            results["throughput_at_p95_ms"].items(), results["pooled_vs_plain"].values(), strict=True
-        )
-    ]
-    equal = markdown_table(
-        ["p95 at most", *(f"{_served(kind)}, per s" for kind in results["rows"]), "pooled / plain"], bounds
-    )
+    kinds = [kind for kind in results["rows"] if not kind.startswith(GOAL)]
+    goals = any(kind.startswith(GOAL) for kind in results["rows"])
+
+    def figure(found: float | None, digits: int) -> str:
+        return "-" if found is None else f"{found:.{digits}f}"
+
+    bounds = []
+    for limit, found in results["throughput_at_p95_ms"].items():
+        line = [f"{limit} ms", *(figure(found.get(kind), 1) for kind in kinds)]
+        line.append(figure(results["pooled_vs_plain"][limit], 2))
+        if goals:
+            line += [figure(found.get(f"{GOAL}{limit}-ms"), 1), figure(results["goal_vs_plain"][limit], 2)]
+        bounds.append(line)
+    header = ["p95 at most", *(f"{_served(kind)}, per s" for kind in kinds), "pooled / plain"]
+    equal = markdown_table(header + ["pooled with it as the goal, per s", "goal / plain"] * goals, bounds)
     machine, versions = results["machine"], results["versions"]
     origin = (
         f"`{results['command']}` of {results['date'][:10]}: {machine['cpu']}, {machine['cores']} cores, torch "
@@ -478,6 +485,20 @@ def _late_growth(samples: list[dict[str, float]]) -> dict[str, float]:
     third = len(samples) // 3
     middle, last = samples[third : 2 * third], samples[2 * third :]
     return {name: median(s[name] for s in last) - median(s[name] for s in middle) for name in samples[0]}
+
+
+def _overload(results: dict[str, Any]) -> str:
+    """More requests than any kind answers: what share of them is answered within the goal, at the least load."""
+    [goal] = [kind.removeprefix(GOAL).removesuffix("-ms") for kind in results["rows"] if kind.startswith(GOAL)]
+    least = {kind: found[0] for kind, found in results["rows"].items()}
+    shares = ", ".join(
+        f"{_served(kind)} {100 * row[f'within_{goal}_ms']:.0f} % (p50 {row['p50_ms']:.0f}, p99 {row['p99_ms']:.0f} ms)"
+        for kind, row in least.items()
+    )
+    return (
+        f"- {least['pooled']['offered_per_s']:g} requests a second, more than are answered; share of them within "
+        f"{goal} ms: {shares} (`{results['command']}`, {results['date'][:10]}).\n"
+    )
 
 
 def trials(results: dict[str, dict[str, Any]]) -> str:
@@ -498,6 +519,10 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
             for most, ratio in found["pooled_vs_plain"].items()
             if ratio or any(rate for kind, rate in found["throughput_at_p95_ms"][most].items() if kind in plain)
         )
+        aimed = ", ".join(
+            f"{ratio:.2f} at {most} ms" for most, ratio in found.get("goal_vs_plain", {}).items() if ratio
+        )
+        ratios += f"; with that p95 as its goal {aimed}" * bool(aimed)
         waits = dict.fromkeys(w for kind in plain for w in found["settings"][kind] if w.startswith("--deadline-ms"))
         joined = ", ".join(map(str, found["joined"]))
         lines.append(
@@ -505,6 +530,9 @@ def trials(results: dict[str, dict[str, Any]]) -> str:
             f"p95 over the best of {', '.join(map(_served, plain))} ({' '.join(waits)}): {ratios} "
             f"(`{found['command']}`, {found['date'][:10]}).\n"
         )
+    over = results.get("serving-overload")
+    if over is not None:
+        lines.append(_overload(over))
     for name in ("chaos", "soak", "fuzz"):
         found = results.get(f"serving-{name}")
         if found is None:

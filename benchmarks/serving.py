@@ -34,6 +34,7 @@ import psutil
 from rl_exit.trainers.bench.surroundings import machine, versions
 
 JSON_TYPE = {"content-type": "application/json"}
+WITHIN = (100, 150, 200, 300, 500, 1000)  # milliseconds: bounds of p95, and of the share that is answered within
 
 
 def free_port() -> int:
@@ -199,6 +200,7 @@ async def poisson(
         "p50_ms": 1000 * float(quantiles[0]),
         "p95_ms": 1000 * float(quantiles[1]),
         "p99_ms": 1000 * float(quantiles[2]),
+        **{f"within_{limit}_ms": float(np.mean(np.array(took) <= limit / 1000)) if took else 0.0 for limit in WITHIN},
         "mean_exit_layer": float(np.mean(layers)) if layers else None,
     }
 
@@ -219,7 +221,8 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         kinds: dict[str, tuple[Server, dict[str, Any]]] = {
             name: (server, {}) for name, server in zip(servers, running, strict=True)
         }
-        kinds["full_depth"] = (running[-1], {"operating_point": "full-depth"})
+        if args.full_depth:
+            kinds["full_depth"] = (running[-1], {"operating_point": "full-depth"})
         for server, extra in kinds.values():
             asyncio.run(poisson(server.address, 10, 2, 99, extra, args.sizes, texts))  # warm
         over: set[str] = set()
@@ -248,7 +251,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         "task": texts.task,
         "joined": texts.joined,
         "rows": rows,
-        **at_equal_p95(rows, sorted({150, 200, 300, 500, 1000, *args.goal_ms})),
+        **at_equal_p95(rows, sorted({*WITHIN, *args.goal_ms})),
     }
 
 
@@ -539,6 +542,7 @@ def main() -> None:
         sub.add_argument("--batch-size", type=int, default=32)
         sub.add_argument("--plain-batch-size", type=int, nargs="+", default=[32], help="Requests; the best counts.")
         sub.add_argument("--plain-deadline-ms", type=float, nargs="+", default=[5, 25, 60], help="Of a batch.")
+        sub.add_argument("--full-depth", action=argparse.BooleanOptionalAction, default=True, help="Ask for it (load).")
         sub.add_argument("--goal-ms", type=float, nargs="*", default=[], help="Of pooling, one server each (load).")
         sub.add_argument("--repeats", type=int, default=3, help="Of each load; medians count.")
         sub.add_argument("--sizes", type=int, nargs="+", default=[1, 1, 2, 4, 8], help="Texts per request, drawn.")

@@ -176,6 +176,8 @@ def test_what_fits_no_decoder_is_one_message(decoder: EarlyExitCausalModel) -> N
     folder = str(decoder.config.name_or_path)
     done = CliRunner().invoke(app, ["serve", folder, "--batching", "plain", "--port", str(free_port())])
     assert done.exit_code == 2 and "for classifiers" in done.stderr
+    done = CliRunner().invoke(app, ["serve", folder, "--goal-ms", "100", "--port", str(free_port())])
+    assert done.exit_code == 2 and "for classifiers" in done.stderr
     done = CliRunner().invoke(app, ["serve", folder, "--max-context", "1", "--port", str(free_port())])
     assert done.exit_code == 2 and "max-context" in done.stderr
 
