@@ -33,7 +33,7 @@ RAGGED_AREA = 4096  # rows times the longest: at 512 tokens padded attention is 
 @dataclass
 class Counts:
     """What an engine has done since it began; ``tokens`` has the padding that was computed, ``real_tokens`` none;
-    ``late``: requests that took longer than the goal."""
+    ``late``: requests that took longer than the goal, given up ones among them."""
 
     steps: int = 0
     rows: int = 0
@@ -46,6 +46,7 @@ class Counts:
 class _Request:
     """Texts that are answered together: one future, so that who waits is woken once."""
 
+    arrived: float
     answer: Future[list[Left]]
     found: dict[int, Left]
     texts: int
@@ -87,6 +88,7 @@ class PooledEngine:
         self._wake = threading.Condition()
         self._arrived: list[Row[_Waiting]] = []
         self._jobs: list[_Job[Any]] = []
+        self._gone: list[_Request] = []
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="rl-exit-model", daemon=True)
         self._thread.start()
@@ -106,7 +108,7 @@ class PooledEngine:
             RuntimeError: The engine is closed.
         """
         now = self._clock()
-        request = _Request(Future(), {}, len(instances))
+        request = _Request(now, Future(), {}, len(instances))
         rows = []
         ends = zip(instances.offsets[:-1].tolist(), instances.offsets[1:].tolist(), strict=True)
         for place, (start, stop) in enumerate(ends):
@@ -120,6 +122,7 @@ class PooledEngine:
             self._wake.notify()
         if not rows:
             request.answer.set_result([])
+        request.answer.add_done_callback(lambda answer: self._given_up(request, answer))
         return request.answer
 
     def call(self, work: Callable[[], Result]) -> Future[Result]:
@@ -157,6 +160,11 @@ class PooledEngine:
         if self._closing:
             raise RuntimeError("the engine is closed")
 
+    def _given_up(self, request: _Request, answer: Future[list[Left]]) -> None:
+        if answer.cancelled() or answer.exception() is not None:
+            with self._wake:
+                self._gone.append(request)
+
     def _run(self) -> None:
         while True:
             with self._wake:
@@ -164,11 +172,15 @@ class PooledEngine:
                     self._wake.wait()
                 arrived, self._arrived = self._arrived, []
                 jobs, self._jobs = self._jobs, []
+                gone, self._gone = self._gone, []
             if not (arrived or jobs or len(self._pool)):
                 return
             for job in jobs:
                 _work(job)
             self._pool.add(arrived, self._clock())
+            for request in gone:
+                self._pool.drop(request)
+                self.counts.late += self._clock() - request.arrived > self._pool.rules.goal
             self._step([row for row in self._pool.take(self._clock()) if not _dropped(row)])
 
     def _step(self, rows: list[Row[_Waiting]]) -> None:
@@ -196,7 +208,7 @@ class PooledEngine:
             request = row.payload.request
             request.found[row.payload.place] = Left(logits, layer, now - row.arrived)
             if len(request.found) == request.texts:
-                self.counts.late += now - row.arrived > self._pool.rules.goal
+                self.counts.late += now - request.arrived > self._pool.rules.goal
                 _settle(request)
 
 

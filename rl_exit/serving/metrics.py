@@ -79,7 +79,7 @@ class Metrics(RequestMetrics):
                 "rows": "Texts in these steps; rows / steps is the mean batch.",
                 "tokens": "Tokens computed in these steps, padding among them.",
                 "real_tokens": "Tokens in these steps without padding.",
-                "late": "Requests that took longer than the goal (--goal-ms); 0 without one.",
+                "late": "Requests longer in the model than the goal (--goal-ms), given up ones too; 0 without one.",
             }
         )
         for layer in range(1, num_layers + 1):

@@ -82,6 +82,10 @@ class PoolRules:
             raise ConfigError(f"goal = {self.goal} seconds; accepted: more than 0")
         if self.deadline and self.goal < math.inf:
             raise ConfigError(f"deadline = {self.deadline}, goal = {self.goal}; accepted: one of the two")
+        if math.isinf(self.overhead) and self.goal < math.inf:
+            raise ConfigError(
+                f"overhead = {self.overhead}, goal = {self.goal}; accepted: with a goal, a finite overhead"
+            )
 
 
 class _Queue(Generic[Payload]):
@@ -153,6 +157,12 @@ class RequestPool(Generic[Payload]):
             row.since = now
             self._queues[row.layer - 1].add(self._next, row)
             self._next += 1
+
+    def drop(self, request: Hashable) -> None:
+        """Forget the rows of a request that wait: nobody waits for their answer any more."""
+        for queue in self._queues:
+            for number in [number for number, row in queue.by_age.items() if row.request is request]:
+                queue.remove(number)
 
     def take(self, now: float) -> list[Row[Payload]]:
         """Take the rows of the next step out of the pool.

@@ -110,12 +110,11 @@ def test_a_request_is_as_large_as_all_of_its_texts() -> None:
 
 
 def test_others_that_are_in_time_come_along_and_late_ones_do_not() -> None:
-    pool = pool_with(goal=100.03, overhead=math.inf, packed_tokens=64)
-    pool.expected.pace = 1.0
-    pool.expected._overhead = 0.0
-    rows = [Row("a", 5, 0.0, layer=2), Row("late", 60, 1.0, layer=2), Row("b", 6, 2.0, layer=2), Row("c", 5, 3.0)]
+    pool = pool_with(goal=100.03, packed_tokens=128)
+    rows = [Row("a", 5, 0.0, layer=2), Row("late", 51, 1.0, layer=2), Row("b", 6, 2.0, layer=2), Row("c", 5, 3.0)]
     pool.add(rows, 3.0)
     assert names(pool.take(3.0)) == ["b", "a"], "longest first; c waits for another layer"
+    assert names(pool.take(3.0)) == ["c"], "the late one waits for all who can be in time"
 
 
 def test_an_old_late_request_has_its_turn() -> None:
@@ -128,6 +127,15 @@ def test_an_old_late_request_has_its_turn() -> None:
         pool.add([Row("new", 1, now)], now)
         ran += names(pool.take(now))
     assert ran.count("old") == 1 and ran[:TURN].count("old") == 1
+    several = pool_with(goal=goal, packed_tokens=256)
+    several.add([Row("old", 50, 0.0), Row("older", 50, -1.0), Row("third", 50, 1.0, layer=2)], 0.0)
+    turns = []
+    for step in range(TURN):
+        now = OLD * goal + 1.0 + step
+        several.add([Row("new", 1, now)], now)
+        turns += [sorted(names(several.take(now)))]
+    assert turns.count(["new"]) == TURN - 1
+    assert next(turn for turn in turns if turn != ["new"])[-2:] == ["old", "older"], "those at its layer come along"
     young = pool_with(goal=goal, batch_size=1)
     young.add([Row("old", 50, 0.0)], 0.0)
     for step in range(2 * TURN):
@@ -136,16 +144,35 @@ def test_an_old_late_request_has_its_turn() -> None:
         assert names(young.take(now)) == ["new"], "not so old yet"
 
 
+def test_what_nobody_waits_for_is_forgotten() -> None:
+    pool = pool_with(goal=100.03)
+    pool.add([Row("a", 50, 0.0, request="late"), Row("b", 50, 0.0, layer=2, request="late")], 0.0)
+    pool.add([Row("fine", 5, 0.0, request="fine")], 0.0)
+    assert names(pool.take(0.0)) == ["fine"]
+    pool.drop("late")
+    assert not len(pool) and pool.take(0.0) == [] and not pool._inside and not pool._past
+    pool.drop("late")
+    pool.add([Row("past", 5, 0.0, request="past")], 0.0)
+    pool.add([Row("fine", 5, 500.0, request="fine")], 500.0)
+    assert names(pool.take(500.0)) == ["fine"]
+    pool.drop("past")
+    assert not len(pool) and pool.take(500.0) == []
+    plain: RequestPool[str] = RequestPool(2)
+    plain.add([Row("a", 5, 0.0, request="x"), Row("b", 5, 0.0, request="y")], 0.0)
+    plain.drop("x")
+    assert names(plain.take(0.0)) == ["b"] and not len(plain)
+
+
 def test_rows_are_padded_only_where_it_pays() -> None:
     def taken(**rules: float) -> list[int]:
-        pool = pool_with(goal=1e9, **rules)
+        pool = pool_with(goal=1e12, **rules)
         pool.add([Row("", length, 0.0) for length in (10, 8, 3, 13)], 0.0)
         return [row.length for row in pool.take(0.0)]
 
     assert taken(overhead=0.0) == [10]
     assert taken(overhead=2.0) == [10, 8]
-    assert taken(overhead=math.inf) == [13, 10, 8, 3]
-    assert taken(overhead=math.inf, batch_tokens=20) == [10, 8]
+    assert taken(overhead=1e6) == [13, 10, 8, 3]
+    assert taken(overhead=1e6, batch_tokens=20) == [10, 8]
     assert taken(overhead=0.0, packed_tokens=21) == [10, 8, 3], "without padding their lengths do not matter"
     assert taken(overhead=0.0, packed_tokens=100, packed_area=30) == [10, 8, 3]
 
@@ -165,7 +192,7 @@ def test_every_row_runs_every_layer_once_and_leaves(
     arrivals: list[tuple[int, int, int, int]], batch_size: int, goal: float, packed: int
 ) -> None:
     rules = PoolRules(batch_size, overhead=8.0, batch_tokens=64, packed_tokens=packed, goal=goal)
-    pool: RequestPool[int] = GoalPool(4, rules)
+    pool: GoalPool[int] = GoalPool(4, rules)
     seen: dict[int, list[int]] = {number: [] for number in range(len(arrivals))}
     for now in range(30 + 1 + 4 * len(arrivals)):
         come = [(n, one) for n, one in enumerate(arrivals) if one[0] == now]
@@ -185,7 +212,7 @@ def test_every_row_runs_every_layer_once_and_leaves(
         for row in staying:
             row.layer += 1
         pool.add(staying, now)
-    assert not len(pool)
+    assert not len(pool) and not pool._inside and not pool._past
     assert seen == {number: list(range(1, leave + 1)) for number, (_, _, leave, _) in enumerate(arrivals)}
 
 

@@ -216,6 +216,20 @@ def test_closing_answers_what_is_inside_and_takes_no_more(model: EarlyExitModel)
         made.call(lambda: None)
 
 
+def test_a_late_request_that_is_given_up_leaves_the_pool(model: EarlyExitModel) -> None:
+    engine = PooledEngine(model, PoolRules(goal=1e-6))
+    free, began = threading.Event(), threading.Event()
+    engine.call(lambda: (began.set(), free.wait(10)))
+    assert began.wait(10)
+    answers = [engine.submit(instances_of(model, 3, number), Fixed(3)) for number in range(5)]
+    assert sum(engine.waiting()) == 15
+    assert all(answer.cancel() for answer in answers[:4])
+    free.set()
+    assert len(answers[4].result(10)) == 3
+    engine.close()
+    assert engine.waiting() == [0, 0, 0] and engine.counts.rows == 9 and engine.counts.late == 5
+
+
 def test_with_a_goal_requests_that_take_longer_are_counted(model: EarlyExitModel) -> None:
     now = iter(np.arange(0.0, 1e6))  # a second for each look at the clock
     engine = PooledEngine(model, PoolRules(goal=10.0), clock=lambda: float(next(now)))
