@@ -22,8 +22,8 @@ from rl_exit.serving.pool import Payload, PoolRules, RequestPool, Row
 # median and 38 ms at the ninth decile.
 WAY = 0.03
 MOST_WAY = 0.25  # never more than this share of the goal
-OLD = 10  # goals after which a late request gets its turn, however many others could be in time,
-TURN = 8  # in one step of so many
+OLD = 10  # goals after which a late request gets its turn, however many others could be in time;
+TURN = 8  # one part in so many of the time is for those
 PRIOR = 20.0  # texts that are taken to have run every layer, before any has been seen
 RECENT = 0.1  # weight of the latest step in means
 MEMORY = 10_000.0  # texts of a layer after which those seen before count half
@@ -109,8 +109,8 @@ class GoalPool(RequestPool[Payload]):
     """Rows by the layer they wait for; those of requests that can still be in time go first, as they are due.
 
     A step runs the shallowest layer at which the request that is due first waits, and takes others along that wait
-    there and can be in time. Late ones run when nobody else waits, by age. Once one is older than ``OLD`` goals, one of
-    ``TURN`` steps is for the oldest and whoever waits at its layer, by age.
+    there and can be in time. Late ones run when nobody else waits, by age. While one is older than ``OLD`` goals, one
+    part in ``TURN`` of the time is for the oldest and whoever waits at its layer, by age.
 
     Args:
         num_layers: L.
@@ -127,7 +127,8 @@ class GoalPool(RequestPool[Payload]):
         self.expected = Expectation(num_layers, rules.overhead)
         self._inside: dict[Hashable, _Inside[Payload]] = {}  # may still be in time
         self._past: dict[Hashable, _Inside[Payload]] = {}  # can be no more
-        self._steps = 0
+        self._turn_began: float | None = None  # of the step that runs, where it is for the old
+        self._next_turn = 0.0
 
     def add(self, rows: Iterable[Row[Payload]], now: float) -> None:
         """See :meth:`.RequestPool.add`."""
@@ -149,8 +150,8 @@ class GoalPool(RequestPool[Payload]):
         """See :meth:`.RequestPool.take`."""
         for key in [key for key, request in self._inside.items() if request.arrived + self.allowed < now]:
             self._past[key] = self._inside.pop(key)
-        self._steps += 1
-        turn = self._old(now)
+        turn = now >= self._next_turn and self._old(now)
+        self._turn_began = now if turn else None
         order = [] if turn else self._in_time(now)
         if not order:  # the turn of the old, or nobody can be in time
             order = sorted([*self._past.values(), *self._inside.values()], key=_arrival)
@@ -170,10 +171,8 @@ class GoalPool(RequestPool[Payload]):
         return sorted(taken, key=lambda row: -row.length)
 
     def _old(self, now: float) -> bool:
-        """Whether this step is for those that have waited for very long."""
-        if self._steps % TURN or not self._past:
-            return False
-        return now - min(map(_arrival, self._past.values())) > OLD * self.rules.goal
+        """Whether a request has waited for very long."""
+        return bool(self._past) and now - min(map(_arrival, self._past.values())) > OLD * self.rules.goal
 
     def _in_time(self, now: float) -> list[_Inside[Payload]]:
         """The requests that are not late, as they are due."""
@@ -184,6 +183,8 @@ class GoalPool(RequestPool[Payload]):
 
     def ran(self, rows: Sequence[Row[Payload]], layer: int, left: int, seconds: float) -> None:
         """See :meth:`.RequestPool.ran`: what is left to do for others is learned from it."""
+        if self._turn_began is not None:
+            self._next_turn = self._turn_began + TURN * seconds
         self.expected.saw(layer, [row.length for row in rows], left, seconds)
 
     def _fitting(self, rows: Iterable[tuple[int, Row[Payload]]]) -> list[int]:

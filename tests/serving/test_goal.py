@@ -117,31 +117,38 @@ def test_others_that_are_in_time_come_along_and_late_ones_do_not() -> None:
     assert names(pool.take(3.0)) == ["c"], "the late one waits for all who can be in time"
 
 
-def test_an_old_late_request_has_its_turn() -> None:
+def taken_of(pool: GoalPool[str], first: float, steps: int, old_takes: float = 1.0) -> list[list[str]]:
+    """What runs where somebody who can be in time comes at each step, a second each; one with old ones takes longer."""
+    found = []
+    now = first
+    for _ in range(steps):
+        pool.add([Row("new", 1, now)], now)
+        rows = pool.take(now)
+        found.append(sorted(set(names(rows))))
+        takes = 1.0 if found[-1] == ["new"] else old_takes
+        pool.ran(rows, 3, 0, takes)
+        pool.expected.pace = 1.0
+        now += takes
+    return found
+
+
+@pytest.mark.parametrize("old_takes", [1.0, 3.0])
+def test_old_late_requests_have_their_part_of_the_time(old_takes: float) -> None:
     goal = 10.0
     pool = pool_with(goal=goal, batch_size=1)
-    pool.add([Row("old", 50, 0.0)], 0.0)
-    ran = []
-    for step in range(2 * TURN):
-        now = OLD * goal + 1.0 + step
-        pool.add([Row("new", 1, now)], now)
-        ran += names(pool.take(now))
-    assert ran.count("old") == 1 and ran[:TURN].count("old") == 1
-    several = pool_with(goal=goal, packed_tokens=256)
-    several.add([Row("old", 50, 0.0), Row("older", 50, -1.0), Row("third", 50, 1.0, layer=2)], 0.0)
-    turns = []
-    for step in range(TURN):
-        now = OLD * goal + 1.0 + step
-        several.add([Row("new", 1, now)], now)
-        turns += [sorted(names(several.take(now)))]
-    assert turns.count(["new"]) == TURN - 1
-    assert next(turn for turn in turns if turn != ["new"])[-2:] == ["old", "older"], "those at its layer come along"
+    pool.add([Row("old", 50, 0.0), Row("old", 50, 0.0)], 0.0)
+    pause = int(old_takes * (TURN - 1))
+    found = taken_of(pool, OLD * goal + 1.0, 2 + pause, old_takes)
+    assert found == [["old"], *[["new"]] * pause, ["old"]]
     young = pool_with(goal=goal, batch_size=1)
     young.add([Row("old", 50, 0.0)], 0.0)
-    for step in range(2 * TURN):
-        now = OLD * goal - 40.0 + step
-        young.add([Row("new", 1, now)], now)
-        assert names(young.take(now)) == ["new"], "not so old yet"
+    assert taken_of(young, OLD * goal - 20.0, TURN) == [["new"]] * TURN, "not so old yet"
+
+
+def test_those_at_the_layer_of_the_oldest_come_along() -> None:
+    pool = pool_with(goal=10.0, packed_tokens=256)
+    pool.add([Row("old", 50, 0.0), Row("oldest", 50, -1.0), Row("deeper", 50, 1.0, layer=2)], 0.0)
+    assert taken_of(pool, 101.0, 2) == [["new", "old", "oldest"], ["new"]]
 
 
 def test_what_nobody_waits_for_is_forgotten() -> None:
