@@ -491,8 +491,7 @@ def _late_growth(samples: list[dict[str, float]]) -> dict[str, float]:
 
 def _overload(results: dict[str, Any]) -> str:
     """More requests than any kind answers: what share of them is answered within the first goal, at the least load."""
-    goals = [kind.removeprefix(GOAL).removesuffix("-ms") for kind in results["rows"] if kind.startswith(GOAL)]
-    goal = goals[0]
+    goal = next(kind.removeprefix(GOAL).removesuffix("-ms") for kind in results["rows"] if kind.startswith(GOAL))
     least = {kind: found[0] for kind, found in results["rows"].items()}
     shares = ", ".join(
         f"{_served(kind)} {100 * row[f'within_{goal}_ms']:.0f} % (p50 {row['p50_ms']:.0f}, p99 {row['p99_ms']:.0f} ms)"

@@ -260,7 +260,14 @@ def test_more_are_in_time_than_as_they_came() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [{"goal": 0.0}, {"goal": -1.0}, {"goal": float("nan")}, {"goal": 1.0, "deadline": 1.0}]
+    "words",
+    [
+        {"goal": 0.0},
+        {"goal": -1.0},
+        {"goal": float("nan")},
+        {"goal": 1.0, "deadline": 1.0},
+        {"goal": 1.0, "overhead": math.inf},
+    ],
 )
 def test_rules_out_of_range_are_refused(words: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="accepted"):
