@@ -345,7 +345,7 @@ def chaos(args: argparse.Namespace) -> dict[str, Any]:
 def soak(args: argparse.Namespace) -> dict[str, Any]:
     """Resident memory of every process under a steady load."""
     words = {
-        "model": "serving.model_process",
+        "model": "serving.model_worker",
         "replica": "ServeReplica:rl-exit:model",
         "front": "ServeReplica:rl-exit:front",
     }

@@ -12,11 +12,15 @@ from grpc import StatusCode
 from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, RayTaskError
 
+from rl_exit.data.instances import Instances
 from rl_exit.errors import UserError
+from rl_exit.serving.lines import LineGone, Lines
 from rl_exit.serving.schema import Wish, WriteRequest
+from rl_exit.serving.texts import TextSide
 from rl_exit.serving.web import Refusal
 
 GIVEN_UP = 30  # times that a replica may be gone before a request is refused, after 26 seconds
+AT_ONCE = 8192  # characters that take a few milliseconds to tokenise; others' requests need not wait for more
 FIRST_WAIT = 0.05  # seconds before a request is given to another replica; doubles with every further death
 
 
@@ -85,17 +89,41 @@ class Replicas:
 
     Args:
         asking: Of the deployment.
+        texts: Tokenizer and labels of the model.
+        lines: Straight to the replicas' models; who is on none is asked through Ray.
     """
 
-    def __init__(self, asking: Asking) -> None:
+    def __init__(self, asking: Asking, texts: TextSide, lines: Lines) -> None:
         self._asking = asking
+        self._texts = texts
+        self._lines = lines
 
     async def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, wish: Wish) -> list[dict[str, Any]]:
         """See :class:`rl_exit.serving.http.Backend`."""
+        instances: Instances | None = None
+        for attempt in range(GIVEN_UP):
+            line = self._lines.best()
+            if line is None:
+                break
+            if instances is None:
+                instances = await self._tokenised(texts, pairs)
+                line = self._lines.best() or line
+            try:
+                left, state = await line.run(instances, wish)
+            except LineGone:
+                await self._asking.another(attempt)
+                continue
+            self._asking.keep({"replica": line.name, "state": state})
+            return self._texts.told(left)
         found = await self._asking.ask("answer", texts, pairs, wish)
         self._asking.keep(found)
         answers: list[dict[str, Any]] = found["answers"]
         return answers
+
+    async def _tokenised(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Instances:
+        if sum(map(len, texts)) + sum(map(len, pairs or ())) <= AT_ONCE:
+            return self._texts.tokenised(texts, pairs)
+        return await asyncio.to_thread(self._texts.tokenised, texts, pairs)
 
     async def explain(self, text: str, pair: str | None, wish: Wish) -> dict[str, Any]:
         """See :class:`rl_exit.serving.http.Backend`."""

@@ -30,17 +30,22 @@ from ray import serve
 from rl_exit.cluster.replicas import Asking, Replicas, Writers
 from rl_exit.errors import ConfigError, UserError
 from rl_exit.serving.http import Front, build_app
-from rl_exit.serving.model_process import ModelProcess, ModelSettings
+from rl_exit.serving.lines import Lines, Meeting
+from rl_exit.serving.model_process import ModelGone, ModelProcess, ModelSettings
 from rl_exit.serving.schema import FULL_DEPTH, Limits, ModelInfo, Wish, WriteRequest
+from rl_exit.serving.texts import TextSide
 from rl_exit.serving.writing_http import WritingFront, build_writing_app
 from rl_exit.serving.writing_schema import WriterInfo
 from rl_exit.trainers.local_ray import start_local
 
 NAME = "rl-exit"
+FRONT = "front"  # the deployment
 DRAIN = 30.0  # seconds that open requests are waited for at the end
 KEPT_OPEN = 90  # seconds that a client's idle connection is kept
 FRONT_ENDS = 2.0  # seconds more for the HTTP side, which has waited for its requests before it is ended
 
+LINES_WAIT = 10.0  # seconds that replicas may take to call, before requests go through Ray until they do
+CALLED_AGAIN = 0.5  # seconds before a model whose line has ended calls the front again
 PLAIN_WAIT = 0.025  # seconds that plain batching waits for a batch: short of it batches stand in line, beyond it texts
 
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
@@ -49,6 +54,8 @@ QUIET = {"log_level": "ERROR", "enable_access_log": False}
 SERVE_SETTINGS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 # A request has few texts: threads of the tokenizer cost more than they save, and the model wants the other cores.
 REPLICA_SETTINGS = {**SERVE_SETTINGS, "TOKENIZERS_PARALLELISM": "false"}
+
+LOG = logging.getLogger("ray.serve")
 
 Batching = Literal["pooled", "plain"]
 
@@ -102,6 +109,19 @@ class ServeOptions:
             )
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model without its weights.
+
+    Attributes:
+        info: What clients are told.
+        texts: A classifier's tokenizer and labels.
+    """
+
+    info: ModelInfo | WriterInfo
+    texts: TextSide | None = None
+
+
 class ModelReplica:
     """One copy of a classifier, in a process beside this one; a Serve deployment.
 
@@ -119,6 +139,7 @@ class ModelReplica:
         self._model = ModelProcess(settings, gone=lambda: os._exit(1))
         self._together.set_max_batch_size(options.batch_size)
         self._together.set_batch_wait_timeout_s(plain_wait)
+        self._line: asyncio.Task[None] | None = None
 
     async def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, wish: Wish) -> dict[str, Any]:
         """See :meth:`rl_exit.serving.service.ModelService.answer`; who answered and how it stands comes along."""
@@ -141,12 +162,14 @@ class ModelReplica:
         return self._told(await self._model.state())
 
     async def check_health(self) -> None:
-        """Asked by Serve; a replica whose model does not answer is replaced.
+        """Asked by Serve; a replica whose model does not answer is replaced. The first time, it is put on a line.
 
         Raises:
             ModelGone: Its thread has ended.
         """
         await self._model.state()
+        if self._pooled and self._line is None:
+            self._line = asyncio.get_running_loop().create_task(self._stay_on_line())
 
     def __del__(self) -> None:
         """Called by Serve when all requests are answered."""
@@ -155,6 +178,18 @@ class ModelReplica:
 
     def _told(self, state: dict[str, Any]) -> dict[str, Any]:
         return {"replica": self._name, "state": state}
+
+    async def _stay_on_line(self) -> None:
+        """Have the model call the front, and again when that line has ended, as by another front."""
+        front = serve.get_deployment_handle(FRONT, NAME).options(_by_reference=False)
+        while True:
+            try:
+                await self._model.on_line(await front.meeting.remote(), self._name)
+            except ModelGone:
+                return
+            except Exception as error:  # noqa: BLE001 - until then it is asked through Ray
+                LOG.warning("replica %s is on no line to the front: %s", self._name, error)
+            await asyncio.sleep(CALLED_AGAIN)
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=PLAIN_WAIT)
     async def _together(self, requests: list[Any]) -> list[Any]:
@@ -219,19 +254,23 @@ class HttpFront:
 
     Args:
         handle: Of :class:`ModelReplica` or :class:`WriterReplica`.
-        info: What clients are told.
+        known: What is known of the model.
         options: Where to listen, and limits.
+        here: Where the models' processes call; 127.0.0.1 where all are on this machine.
     """
 
-    def __init__(self, handle: Any, info: ModelInfo | WriterInfo, options: ServeOptions) -> None:
+    def __init__(self, handle: Any, known: Known, options: ServeOptions, here: str) -> None:
+        info = known.info
         # By gRPC a short call takes half the processor time of Ray's own, which carry objects by reference. Of one that
         # was cancelled Serve's router then knows no better for ten seconds, so a decoder's long ones go Ray's way.
         asking = Asking(handle if isinstance(info, WriterInfo) else handle.options(_by_reference=False))
+        self._lines, self._here = Lines(), here
         if isinstance(info, WriterInfo):
             writing = WritingFront(Writers(asking), info, options.limits)
             self._door, self._application = writing.door, build_writing_app(writing)
         else:
-            front = Front(Replicas(asking), info, options.limits)
+            assert known.texts is not None
+            front = Front(Replicas(asking, known.texts, self._lines), info, options.limits)
             self._door, self._application = front.door, build_app(front)
         asking.retried = self._door.metrics.retries.inc
         self._address = (options.host, options.port)
@@ -254,16 +293,30 @@ class HttpFront:
         if self._listening.done():
             raise RuntimeError("the HTTP side has ended")
 
+    async def meeting(self) -> Meeting:
+        """Where the models' processes call."""
+        return await self._lines.listen(self._here)
+
+    async def on_line(self) -> int:
+        """Models that have called."""
+        return len(self._lines.names())
+
     async def drain(self, timeout: float) -> int:
         """See :meth:`rl_exit.serving.web.Door.drain`."""
         return await self._door.drain(timeout)
 
 
-def application(options: ServeOptions, info: ModelInfo | WriterInfo) -> Any:
-    """The Serve application."""
+def application(options: ServeOptions, known: Known, alone: bool) -> Any:
+    """The Serve application.
+
+    Args:
+        options: What is served, where and how.
+        known: What is known of the model.
+        alone: Whether all of it runs on this machine, so that nothing need be reached from another.
+    """
     most = options.limits.max_waiting + 64
     model = serve.deployment(
-        WriterReplica if isinstance(info, WriterInfo) else ModelReplica,
+        WriterReplica if isinstance(known.info, WriterInfo) else ModelReplica,
         name="model",
         num_replicas=options.replicas,
         max_ongoing_requests=most,
@@ -272,18 +325,22 @@ def application(options: ServeOptions, info: ModelInfo | WriterInfo) -> Any:
         ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": REPLICA_SETTINGS}},
         logging_config=QUIET,
     ).bind(options)
-    here = f"node:{ray.util.get_node_ip_address()}"  # where the command runs, and people expect the port
+    here = ray.util.get_node_ip_address()  # where the command runs, and people expect the port
     front = serve.deployment(
         HttpFront,
-        name="front",
+        name=FRONT,
         num_replicas=1,
         max_ongoing_requests=most,
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=FRONT_ENDS,
-        ray_actor_options={"num_cpus": 0, "resources": {here: 0.001}, "runtime_env": {"env_vars": SERVE_SETTINGS}},
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": {f"node:{here}": 0.001},
+            "runtime_env": {"env_vars": SERVE_SETTINGS},
+        },
         logging_config=QUIET,
     )
-    return front.bind(model, info, options)
+    return front.bind(model, known, options, "127.0.0.1" if alone else here)
 
 
 def serve_model(options: ServeOptions, ready: Callable[[str], None], stop: threading.Event | None = None) -> int:
@@ -301,14 +358,15 @@ def serve_model(options: ServeOptions, ready: Callable[[str], None], stop: threa
         UserError: The model cannot be loaded, or the address cannot be used.
     """
     check_address(options.host, options.port)
-    info, options = describe(options)
+    known, options = describe(options)
     stop = stop or threading.Event()
     # Ray sets handlers of its own when it starts, so ours come after it. While Serve starts they wait.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    with _session(options), _signals(stop):
+    with _session(options) as alone, _signals(stop):
         serve.start(proxy_location="Disabled", logging_config=QUIET)  # the front listens itself
         try:
-            handle = serve.run(application(options, info), name=NAME, route_prefix=None)
+            handle = serve.run(application(options, known, alone), name=NAME, route_prefix=None)
+            _wait_for_lines(handle, options, known, stop)
             if not stop.is_set():
                 ready(f"http://{options.host}:{options.port}")
             while not stop.wait(1.0):
@@ -319,11 +377,20 @@ def serve_model(options: ServeOptions, ready: Callable[[str], None], stop: threa
             serve.shutdown()
 
 
-def describe(options: ServeOptions) -> tuple[ModelInfo | WriterInfo, ServeOptions]:
+def _wait_for_lines(handle: Any, options: ServeOptions, known: Known, stop: threading.Event) -> None:
+    """Until all replicas are on a line, so that the first requests need not go through Ray; within limits."""
+    if known.texts is None or options.batching == "plain":
+        return
+    until = time.monotonic() + LINES_WAIT
+    while handle.on_line.remote().result() < options.replicas and time.monotonic() < until and not stop.wait(0.1):
+        pass
+
+
+def describe(options: ServeOptions) -> tuple[Known, ServeOptions]:
     """Load the model once, so that what is wrong with it is said at once and in words.
 
     Returns:
-        What clients are told, and the options with the model's absolute folder.
+        What is known of it, and the options with the model's absolute folder.
 
     Raises:
         UserError: The model cannot be loaded.
@@ -339,7 +406,7 @@ def describe(options: ServeOptions) -> tuple[ModelInfo | WriterInfo, ServeOption
     model = EarlyExitModel.from_pretrained(folder)
     options = replace(options, model=str(Path(folder).resolve()) if Path(folder).is_dir() else folder)
     if isinstance(model, EarlyExitCausalModel):
-        return _writer_info(model, name, options), options
+        return Known(_writer_info(model, name, options)), options
     config = model.config
     info = ModelInfo(
         name=name,
@@ -350,7 +417,7 @@ def describe(options: ServeOptions) -> tuple[ModelInfo | WriterInfo, ServeOption
         threshold=float(config.threshold),
         has_dial=has_dial(model),
     )
-    return info, options
+    return Known(info, TextSide.of(model)), options
 
 
 def _writer_info(model: Any, name: str, options: ServeOptions) -> WriterInfo:
@@ -418,15 +485,15 @@ def _signals(stop: threading.Event) -> Iterator[None]:
 
 
 @contextmanager
-def _session(options: ServeOptions) -> Iterator[None]:
-    """A Ray of its own on this machine, or the one that this process has joined."""
+def _session(options: ServeOptions) -> Iterator[bool]:
+    """A Ray of its own on this machine (True), or the one that this process has joined."""
     started = not ray.is_initialized()
     if started:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: people wait for a server
         start_local(max(options.replicas + 1, os.cpu_count() or 1), logging_level=logging.ERROR)
     try:
-        yield
+        yield started
     finally:
         if started:
             ray.shutdown()

@@ -143,6 +143,11 @@ class PooledEngine:
         """Whether its thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def closing(self) -> bool:
+        """Whether it takes nothing more."""
+        return self._closing
+
     def waiting(self) -> list[int]:
         """Texts that wait for each layer, [L]; those on their way to layer 1 included."""
         waiting = self._pool.waiting()

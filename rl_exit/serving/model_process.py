@@ -4,30 +4,25 @@ The model's thread takes up the interpreter's lock at each of some thirty operat
 speaks with the HTTP side it would wait there for every request that comes or goes, a fifth of its time with requests of
 few texts. So it has a process to itself; tokenising and what answers look like are left to those who ask.
 
-``python -m rl_exit.serving.model_process FD`` is that process; it ends when the pipe closes.
+The other end is :mod:`rl_exit.serving.model_worker`. Requests of the front come to it on a line of their own
+(:mod:`rl_exit.serving.lines`); over the pipe goes the rest.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
 from rl_exit.data.instances import Instances
-from rl_exit.errors import ModelError, UserError
+from rl_exit.serving.lines import Meeting
 from rl_exit.serving.schema import Wish
 from rl_exit.serving.texts import Left, TextSide
 
@@ -78,7 +73,7 @@ class ModelProcess:
 
     def __init__(self, settings: ModelSettings, gone: Callable[[], None] = lambda: None) -> None:
         self._pipe, theirs = Pipe()
-        words = [sys.executable, "-m", "rl_exit.serving.model_process", str(theirs.fileno())]
+        words = [sys.executable, "-m", "rl_exit.serving.model_worker", str(theirs.fileno())]
         self._process = subprocess.Popen(words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         self.pid = self._process.pid
@@ -124,6 +119,15 @@ class ModelProcess:
         """
         found: State = await self._ask("state")
         return found
+
+    async def on_line(self, meeting: Meeting, name: str) -> None:
+        """Let it call the front and answer there, under this name; returns when that line has ended.
+
+        Raises:
+            RuntimeError: The front cannot be reached.
+            ModelGone: The process has ended.
+        """
+        await self._ask("line", meeting, name)
 
     def close(self) -> None:
         """End it. What is inside is answered first, and told where the event loop runs on meanwhile."""
@@ -183,124 +187,3 @@ class ModelProcess:
             if not waiting.done():
                 waiting.set_exception(ModelGone("the model's process has ended"))
         self._gone()
-
-
-class _Worker:
-    """The side of the model."""
-
-    def __init__(self, pipe: Connection, settings: ModelSettings) -> None:
-        import torch
-
-        from rl_exit.models.early_exit import EarlyExitModel
-        from rl_exit.serving.engine import measure_rules
-        from rl_exit.serving.service import ModelService
-
-        torch.set_num_threads(settings.threads)
-        sys.setswitchinterval(0.0005)  # those who ask and the model take turns more often than every 5 ms
-        model = EarlyExitModel.from_pretrained(settings.model).eval()
-        self.service = ModelService(model, measure_rules(model, settings.batch_size, settings.deadline, settings.goal))
-        self._pipe = pipe
-        self._answers: SimpleQueue[Any] = SimpleQueue()
-        self._sender = Thread(target=self._send_answers, name="rl-exit-answers", daemon=True)
-        self._sender.start()
-        self._open: dict[int, Future[Any]] = {}
-        gc.collect()
-        gc.freeze()  # the model stays, so it need not be looked through at every collection
-
-    def work(self) -> None:
-        """Until told to end: then what is inside is answered. Ends at once where nobody is there any more."""
-        while True:
-            try:
-                message = self._pipe.recv()
-            except (EOFError, OSError):
-                os._exit(0)
-            if message is None:
-                self.service.close()
-                self._answers.put(None)
-                self._sender.join()
-                return
-            number, method, words = message
-            try:
-                getattr(self, f"_{method}")(number, *words)
-            except Exception as error:  # noqa: BLE001 - whoever asked is told
-                self._tell(number, None, error)
-
-    def _run(self, number: int, instances: Instances, wish: Wish) -> None:
-        service = self.service
-        answer = service.engine.submit(instances, service.rule_for(wish))
-        self._when_done(number, answer, lambda left: (left, service.state()))
-
-    def _together(self, number: int, requests: Sequence[Request]) -> None:
-        from rl_exit.serving.service import run_together
-
-        service = self.service
-        ruled = [(instances, service.rule_for(wish)) for instances, wish in requests]
-        answer = service.engine.call(lambda: run_together(service.model, ruled))
-        self._when_done(number, answer, lambda left: (left, service.state()))
-
-    def _explain(self, number: int, instances: Instances, wish: Wish) -> None:
-        self._when_done(number, self.service.explained(instances, wish), lambda found: found)
-
-    def _state(self, number: int) -> None:
-        if not self.service.engine.alive:
-            raise ModelGone("the thread of the model has ended")
-        self._tell(number, self.service.state())
-
-    def _cancel(self, number: int) -> None:
-        answer = self._open.get(number)
-        if answer is not None:
-            answer.cancel()
-
-    def _when_done(self, number: int, answer: Future[Any], told: Callable[[Any], Any]) -> None:
-        self._open[number] = answer
-
-        def done(answer: Future[Any]) -> None:
-            self._open.pop(number, None)
-            if answer.cancelled():
-                return
-            try:
-                self._tell(number, told(answer.result()))
-            except Exception as error:  # noqa: BLE001 - whoever asked is told
-                self._tell(number, None, error)
-
-        answer.add_done_callback(done)
-
-    def _tell(self, number: int, answer: Any, error: BaseException | None = None) -> None:
-        if error is not None and not isinstance(error, UserError | ModelGone):
-            error = RuntimeError(f"{type(error).__name__}: {error}")  # any other may not survive the pipe
-        self._answers.put((number, answer, error))
-
-    def _send_answers(self) -> None:
-        """In a thread of its own: while the other side does not read, questions are taken and the model runs all the
-        same, or both sides could wait for each other with full pipes."""
-        while (message := self._answers.get()) is not None:
-            try:
-                self._pipe.send(message)
-            except OSError:
-                os._exit(0)
-            except Exception as error:  # noqa: BLE001 - what cannot be sent is said to those who wait
-                self._pipe.send((message[0], None, RuntimeError(f"the answer cannot be sent: {error!r}")))
-
-
-def main() -> None:
-    """The process: told what to serve, says what it can, then answers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who started it
-    pipe = Connection(int(sys.argv[1]))
-    settings = pipe.recv()
-    try:
-        worker = _Worker(pipe, settings)
-    except UserError as error:
-        pipe.send(error)
-        return
-    except Exception as error:
-        pipe.send(ModelError(f"the model could not be made ready: {type(error).__name__}: {error}"))
-        raise
-    pipe.send(TextSide.of(worker.service.model))
-    worker.work()
-
-
-if __name__ == "__main__":
-    # As the module that the other side imports, so that what goes over the pipe has the same classes on both.
-    from rl_exit.serving import model_process
-
-    model_process.main()

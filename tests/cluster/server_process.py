@@ -22,7 +22,7 @@ def free_port() -> int:
 
 
 REPLICA = "ServeReplica:rl-exit:model"
-MODEL = "rl_exit.serving.model_process"  # of a classifier: beside its replica
+MODEL = "rl_exit.serving.model_worker"  # of a classifier: beside its replica
 
 
 class Server:
