@@ -440,7 +440,9 @@ def _served(kind: str) -> str:
     if kind.startswith("plain-"):
         size, _, wait = kind.removeprefix("plain-").partition("-")
         return f"plain batching, {size}" + (f" within {wait.replace('-', ' ')}" if wait else "")
-    return {"pooled": "pooled", "full_depth": "full depth, plain batching"}[kind]
+    return {"full_depth": "full depth, plain batching", "pooled-through-ray": "pooled, asked through Ray"}.get(
+        kind, kind
+    )
 
 
 def serving(results: dict[str, Any]) -> str:
@@ -459,6 +461,7 @@ def serving(results: dict[str, Any]) -> str:
     load = markdown_table(["", "offered per s", "answered per s", "texts per s", "p50 ms", "p95 ms", "p99 ms"], rows)
     kinds = [kind for kind in results["rows"] if not kind.startswith(GOAL)]
     goals = any(kind.startswith(GOAL) for kind in results["rows"])
+    through_ray = "pooled-through-ray" in results["rows"]
 
     def figure(found: float | None, digits: int) -> str:
         return "-" if found is None else f"{found:.{digits}f}"
@@ -467,10 +470,14 @@ def serving(results: dict[str, Any]) -> str:
     for limit, found in results["throughput_at_p95_ms"].items():
         line = [f"{limit} ms", *(figure(found.get(kind), 1) for kind in kinds)]
         line.append(figure(results["pooled_vs_plain"][limit], 2))
+        if through_ray:
+            line.append(figure(results["through_ray_vs_plain"][limit], 2))
         if goals:
             line += [figure(found.get(f"{GOAL}{limit}-ms"), 1), figure(results["goal_vs_plain"][limit], 2)]
         bounds.append(line)
     header = ["p95 at most", *(f"{_served(kind)}, per s" for kind in kinds), "pooled / plain"]
+    if through_ray:
+        header.append("pooled, asked through Ray / plain")
     if goals:
         header += ["pooled with it as the goal, per s", "goal / plain"]
     equal = markdown_table(header, bounds)

@@ -33,6 +33,12 @@ def serve(
         float | None,
         typer.Option(min=0, help="Answer as many requests as possible within this, the others when there is time."),
     ] = None,
+    lines: Annotated[
+        bool,
+        typer.Option(
+            help="Classifier: requests straight to the process of a model; otherwise each by a call of Ray's."
+        ),
+    ] = True,
     max_chars: Annotated[int, typer.Option(min=1, help="Characters of a text.")] = 20_000,
     max_texts: Annotated[int, typer.Option(min=1, help="Texts of a request.")] = 256,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1_000_000,
@@ -53,6 +59,7 @@ def serve(
         batch_size=batch_size,
         deadline=None if deadline_ms is None else deadline_ms / 1000,
         goal=None if goal_ms is None else goal_ms / 1000,
+        lines=lines,
         max_context=max_context,
         limits=Limits(max_chars, max_texts, max_body, max_waiting, timeout),
     )

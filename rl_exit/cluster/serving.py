@@ -74,6 +74,7 @@ class ServeOptions:
         batch_size: Most texts in a step (plain: requests in a batch; decoder: texts that are written at a time).
         deadline: Seconds that texts wait for others; None: pooled 0, plain 0.025. A decoder's do not wait.
         goal: Seconds within which as many requests as possible are answered, others later; None: as they came.
+        lines: Whether a classifier's requests go straight to the model's process, or through Ray.
         max_context: Decoder: most tokens of a prompt and of what follows it; memory is set aside for all rows.
         limits: On what comes in.
     """
@@ -87,6 +88,7 @@ class ServeOptions:
     batch_size: int = 32
     deadline: float | None = None
     goal: float | None = None
+    lines: bool = True
     max_context: int = 2048
     limits: Limits = field(default_factory=Limits)
 
@@ -107,6 +109,11 @@ class ServeOptions:
                 f"goal = {self.goal} seconds, deadline = {self.deadline}, batching = {self.batching!r}; accepted: a "
                 "goal with 'pooled' and without a deadline (plain batches are answered as they came)"
             )
+
+
+def uses_lines(options: ServeOptions) -> bool:
+    """Whether requests of a classifier go straight to its processes; plain batching is a matter of Serve's replicas."""
+    return options.lines and options.batching == "pooled"
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,7 @@ class ModelReplica:
     def __init__(self, options: ServeOptions) -> None:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._pooled = options.batching == "pooled"
+        self._calls = uses_lines(options)
         pooled_wait, plain_wait = (0.0, PLAIN_WAIT) if options.deadline is None else (options.deadline,) * 2
         goal = math.inf if options.goal is None else options.goal
         settings = ModelSettings(options.model, options.threads, options.batch_size, pooled_wait, goal)
@@ -168,7 +176,7 @@ class ModelReplica:
             ModelGone: Its thread has ended.
         """
         await self._model.state()
-        if self._pooled and self._line is None:
+        if self._calls and self._line is None:
             self._line = asyncio.get_running_loop().create_task(self._stay_on_line())
 
     def __del__(self) -> None:
@@ -379,7 +387,7 @@ def serve_model(options: ServeOptions, ready: Callable[[str], None], stop: threa
 
 def _wait_for_lines(handle: Any, options: ServeOptions, known: Known, stop: threading.Event) -> None:
     """Until all replicas are on a line, so that the first requests need not go through Ray; within limits."""
-    if known.texts is None or options.batching == "plain":
+    if known.texts is None or not uses_lines(options):
         return
     until = time.monotonic() + LINES_WAIT
     while handle.on_line.remote().result() < options.replicas and time.monotonic() < until and not stop.wait(0.1):

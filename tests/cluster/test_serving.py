@@ -26,7 +26,9 @@ from rl_exit.cluster import replicas
 from rl_exit.cluster.replicas import Asking, Replicas
 from rl_exit.cluster.serving import ServeOptions, check_address
 from rl_exit.errors import ConfigError, UserError
+from rl_exit.serving.lines import LineGone, Lines
 from rl_exit.serving.schema import Wish
+from rl_exit.serving.texts import TextSide
 from rl_exit.serving.web import Refusal
 
 TEXTS = ["the old cat", "a hammer", "my red drill near the dog", "saw"]
@@ -63,17 +65,67 @@ class Dying:
         return {"answers": [{"label": "cat"}], "replica": "1", "state": {}}
 
 
+class Words(TextSide):
+    """Texts that are read and answered as they are."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def tokenised(self, texts: Any, pairs: Any) -> Any:
+        self.threads.append(threading.current_thread().name)
+        return list(texts)
+
+    def told(self, left: Any) -> list[dict[str, Any]]:
+        return [{"label": one} for one in left]
+
+
+class Straight(Lines):
+    """Lines of which the first are gone when they are asked; then one answers, where there is one."""
+
+    def __init__(self, gone: int, then: bool) -> None:
+        self.name, self.gone, self.then, self.asked = "2", gone, then, 0
+
+    def best(self) -> Any:
+        return self if self.asked < self.gone or self.then else None
+
+    async def run(self, instances: Any, wish: Wish) -> Any:
+        self.asked += 1
+        if self.asked <= self.gone:
+            raise LineGone
+        return instances, {"rows": 5}
+
+
+def test_lines_are_asked_first_then_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "FIRST_WAIT", 0.0)
+    handle, words, retries = Dying(0), Words(), []
+    asking = Asking(handle)
+    asking.retried = lambda: retries.append(1)
+    straight = Replicas(asking, words, Straight(gone=2, then=True))
+    assert asyncio.run(straight.answer(["dog"], None, Wish())) == [{"label": "dog"}]
+    assert (handle.calls, len(retries), len(words.threads)) == (0, 2, 1), "tokenised once"
+    assert asking._states["2"][1] == {"rows": 5}
+    assert asyncio.run(Replicas(asking, words, Straight(1, then=False)).answer(["dog"], None, Wish())) == [
+        {"label": "cat"}
+    ]
+    assert (handle.calls, len(retries)) == (1, 3)
+    asyncio.run(straight.answer(["dog " * 9000], None, Wish()))
+    assert words.threads[0] == "MainThread" != words.threads[-1], "what takes long does not hold up the event loop"
+
+
 def test_a_request_whose_replica_dies_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "FIRST_WAIT", 0.0)
     retries: list[int] = []
     handle = Dying(3)
     asking = Asking(handle)
     asking.retried = lambda: retries.append(1)
-    backend = Replicas(asking)
+    backend = Replicas(asking, Words(), Lines())
     assert asyncio.run(backend.answer(["cat"], None, Wish())) == [{"label": "cat"}]
     assert handle.calls == 4 and len(retries) == 3
     with pytest.raises(Refusal, match="30 times"):
-        asyncio.run(Replicas(Asking(Dying(99))).answer(["cat"], None, Wish()))
+        asyncio.run(Replicas(Asking(Dying(99)), Words(), Lines()).answer(["cat"], None, Wish()))
 
 
 @pytest.mark.parametrize(

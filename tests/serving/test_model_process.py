@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,15 +159,6 @@ def test_what_cannot_be_done_is_told_and_it_goes_on(process: ModelProcess, loop:
         assert len(left) == len(TEXTS)
 
     loop.run_until_complete(ask())
-
-
-def test_both_sides_know_the_same_classes() -> None:
-    """The process is started by its module's name: what it raises must not be of ``__main__``."""
-    run = "runpy.run_module('rl_exit.serving.model_process', run_name='__main__')"
-    code = f"import runpy, sys; sys.argv[1:] = ['nothing']; {run}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "rl_exit/serving/model_process.py" in done.stderr and "in main\n" in done.stderr
-    assert done.stderr.count("model_process.main()") == 1
 
 
 async def fill_the_pipes(process: ModelProcess) -> None:
