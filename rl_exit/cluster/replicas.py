@@ -40,14 +40,19 @@ class Asking:
         self.retried: Callable[[], None] = lambda: None
         self._states: dict[str, tuple[float, dict[str, Any]]] = {}
 
-    async def ask(self, method: str, *words: Any) -> Any:
+    async def ask(self, method: str, *words: Any, met: int = 0) -> Any:
         """The answer of some replica.
+
+        Args:
+            method: Of the deployment.
+            words: Its arguments.
+            met: Times that the request has met a replica that is gone.
 
         Raises:
             Refusal: It has met ``GIVEN_UP`` times a replica that is gone.
             UserError: What a replica raised for the user.
         """
-        for attempt in range(GIVEN_UP):
+        for attempt in range(met, GIVEN_UP):
             response = getattr(self.handle, method).remote(*words)
             try:
                 return await response
@@ -90,7 +95,7 @@ class Replicas:
     Args:
         asking: Of the deployment.
         texts: Tokenizer and labels of the model.
-        lines: Straight to the replicas' models; who is on none is asked through Ray.
+        lines: Straight to the replicas' models; while there is none, replicas are asked through Ray.
     """
 
     def __init__(self, asking: Asking, texts: TextSide, lines: Lines) -> None:
@@ -100,22 +105,18 @@ class Replicas:
 
     async def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, wish: Wish) -> list[dict[str, Any]]:
         """See :class:`rl_exit.serving.http.Backend`."""
-        instances: Instances | None = None
-        for attempt in range(GIVEN_UP):
-            line = self._lines.best()
-            if line is None:
-                break
-            if instances is None:
-                instances = await self._tokenised(texts, pairs)
-                line = self._lines.best() or line
+        instances = await self._tokenised(texts, pairs) if self._lines.best() else None
+        met = 0
+        while instances is not None and met < GIVEN_UP and (line := self._lines.best()):
             try:
                 left, state = await line.run(instances, wish)
             except LineGone:
-                await self._asking.another(attempt)
+                await self._asking.another(met)
+                met += 1
                 continue
             self._asking.keep({"replica": line.name, "state": state})
             return self._texts.told(left)
-        found = await self._asking.ask("answer", texts, pairs, wish)
+        found = await self._asking.ask("answer", texts, pairs, wish, met=met)
         self._asking.keep(found)
         answers: list[dict[str, Any]] = found["answers"]
         return answers

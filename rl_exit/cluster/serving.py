@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -51,9 +51,12 @@ PLAIN_WAIT = 0.025  # seconds that plain batching waits for a batch: short of it
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 # What makes Serve cheaper for replicas whose code never blocks its event loop, as ours: one loop in place of three.
-SERVE_SETTINGS = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 # A request has few texts: threads of the tokenizer cost more than they save, and the model wants the other cores.
-REPLICA_SETTINGS = {**SERVE_SETTINGS, "TOKENIZERS_PARALLELISM": "false"}
+SETTINGS = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 LOG = logging.getLogger("ray.serve")
 
@@ -176,27 +179,31 @@ class ModelReplica:
             ModelGone: Its thread has ended.
         """
         await self._model.state()
-        if self._calls and self._line is None:
+        if self._calls and (self._line is None or self._line.done()):
             self._line = asyncio.get_running_loop().create_task(self._stay_on_line())
 
     def __del__(self) -> None:
         """Called by Serve when all requests are answered."""
         if hasattr(self, "_model"):
-            self._model.close()
+            self._model.close(DRAIN - 5.0)  # of requests on lines Serve knows nothing, so they are waited for here
 
     def _told(self, state: dict[str, Any]) -> dict[str, Any]:
         return {"replica": self._name, "state": state}
 
     async def _stay_on_line(self) -> None:
         """Have the model call the front, and again when that line has ended, as by another front."""
-        front = serve.get_deployment_handle(FRONT, NAME).options(_by_reference=False)
+        told = ""
         while True:
             try:
+                front = serve.get_deployment_handle(FRONT, NAME).options(_by_reference=False)
                 await self._model.on_line(await front.meeting.remote(), self._name)
+                told = ""
             except ModelGone:
                 return
-            except Exception as error:  # noqa: BLE001 - until then it is asked through Ray
-                LOG.warning("replica %s is on no line to the front: %s", self._name, error)
+            except Exception as error:  # noqa: BLE001 - until then it is asked through Ray, or others are
+                if str(error) != told:
+                    told = str(error)
+                    LOG.error("replica %s is on no line to the front, and tries again: %s", self._name, told)
             await asyncio.sleep(CALLED_AGAIN)
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=PLAIN_WAIT)
@@ -272,13 +279,14 @@ class HttpFront:
         # By gRPC a short call takes half the processor time of Ray's own, which carry objects by reference. Of one that
         # was cancelled Serve's router then knows no better for ten seconds, so a decoder's long ones go Ray's way.
         asking = Asking(handle if isinstance(info, WriterInfo) else handle.options(_by_reference=False))
-        self._lines, self._here = Lines(), here
+        self._lines, self._here = Lines(self._count_lines), here
         if isinstance(info, WriterInfo):
             writing = WritingFront(Writers(asking), info, options.limits)
             self._door, self._application = writing.door, build_writing_app(writing)
         else:
             assert known.texts is not None
             front = Front(Replicas(asking, known.texts, self._lines), info, options.limits)
+            self._metrics = front.metrics
             self._door, self._application = front.door, build_app(front)
         asking.retried = self._door.metrics.retries.inc
         self._address = (options.host, options.port)
@@ -309,6 +317,9 @@ class HttpFront:
         """Models that have called."""
         return len(self._lines.names())
 
+    def _count_lines(self, count: int) -> None:
+        self._metrics.lines.set(count)
+
     async def drain(self, timeout: float) -> int:
         """See :meth:`rl_exit.serving.web.Door.drain`."""
         return await self._door.drain(timeout)
@@ -330,7 +341,7 @@ def application(options: ServeOptions, known: Known, alone: bool) -> Any:
         max_ongoing_requests=most,
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=DRAIN,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": REPLICA_SETTINGS}},
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": SETTINGS}},
         logging_config=QUIET,
     ).bind(options)
     here = ray.util.get_node_ip_address()  # where the command runs, and people expect the port
@@ -344,7 +355,7 @@ def application(options: ServeOptions, known: Known, alone: bool) -> Any:
         ray_actor_options={
             "num_cpus": 0,
             "resources": {f"node:{here}": 0.001},
-            "runtime_env": {"env_vars": SERVE_SETTINGS},
+            "runtime_env": {"env_vars": SETTINGS},
         },
         logging_config=QUIET,
     )
@@ -390,8 +401,10 @@ def _wait_for_lines(handle: Any, options: ServeOptions, known: Known, stop: thre
     if known.texts is None or not uses_lines(options):
         return
     until = time.monotonic() + LINES_WAIT
-    while handle.on_line.remote().result() < options.replicas and time.monotonic() < until and not stop.wait(0.1):
-        pass
+    found = 0
+    while found < options.replicas and time.monotonic() < until and not stop.wait(0.1):
+        with suppress(Exception):  # the front may be slow, or be replaced
+            found = handle.on_line.remote().result(timeout_s=1.0)
 
 
 def describe(options: ServeOptions) -> tuple[Known, ServeOptions]:

@@ -11,7 +11,8 @@ import asyncio
 import hmac
 import secrets
 import socket
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from rl_exit.data.instances import Instances
@@ -20,6 +21,8 @@ from rl_exit.serving.schema import Wish
 from rl_exit.serving.texts import Left
 
 PATIENCE = 5.0  # seconds within which a caller must show who it is
+BEAT = 2.0  # seconds between two questions whether one on a line is alive
+MISSED = 5  # of them without a word, and it is not
 STRANGERS = 64  # callers at a time of whom that is not known yet
 
 
@@ -33,7 +36,7 @@ class Meeting:
 
     host: str
     port: int
-    secret: bytes
+    secret: bytes = field(repr=False)
 
 
 class Line(asyncio.Protocol):
@@ -57,6 +60,7 @@ class Line(asyncio.Protocol):
         self._reader = wire.reader(wire.FIRST_MOST)
         self._open: dict[int, asyncio.Future[tuple[list[Left], dict[str, Any]]]] = {}
         self._number = 0
+        self._silent = 0
 
     async def run(self, instances: Instances, wish: Wish) -> tuple[list[Left], dict[str, Any]]:
         """How texts leave, and the state of the model afterwards.
@@ -66,8 +70,9 @@ class Line(asyncio.Protocol):
             LineGone: It has ended.
             RuntimeError: It failed at this request.
         """
-        if self._transport.is_closing():
+        if self.closing:
             raise LineGone
+        self.asked = self._lines.turn()
         self._number += 1
         number, count = self._number, len(instances)
         self.texts += count
@@ -76,12 +81,17 @@ class Line(asyncio.Protocol):
             self._transport.write(wire.question(number, instances, wish))
             return await waiting
         except asyncio.CancelledError:
-            if number in self._open and not self._transport.is_closing():
+            if number in self._open and not self.closing:
                 self._transport.write(wire.written((number, wire.CANCEL)))
             raise
         finally:
             self.texts -= count
             self._open.pop(number, None)
+
+    @property
+    def closing(self) -> bool:
+        """Whether nothing can be asked on it any more."""
+        return self._transport.is_closing()
 
     def close(self) -> None:
         """Hang up; who waits gets :class:`LineGone`."""
@@ -92,12 +102,13 @@ class Line(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # of uvloop, which has classes of its own
         wire.tune(transport.get_extra_info("socket"))
         self._transport.write(wire.written(self._nonce))
-        self._late = asyncio.get_running_loop().call_later(PATIENCE, self.close)
+        self._timer = asyncio.get_running_loop().call_later(PATIENCE, self.close)
         self._lines.came(self)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of answers; who sends anything else is hung up on."""
         try:
+            self._silent = 0
             self._reader.feed(data)
             for message in self._reader:
                 if self.name:
@@ -107,26 +118,44 @@ class Line(asyncio.Protocol):
         except Exception:  # noqa: BLE001 - whatever it was, it was no answer
             self._transport.abort()
 
+    def eof_received(self) -> None:
+        """The other end has hung up: not even what is still to be written will be read."""
+        self._lines.left(self)
+        self._transport.abort()
+
     def connection_lost(self, error: Exception | None) -> None:
         """Nothing comes any more."""
-        self._late.cancel()
+        self._timer.cancel()
         self._lines.left(self)
         for waiting in self._open.values():
             if not waiting.done():
                 waiting.set_exception(LineGone())
 
-    def _welcome(self, shown: bytes, name: str) -> None:
-        if not name or not hmac.compare_digest(shown, wire.proof(self._lines.secret, self._nonce)):
+    def _welcome(self, shown: bytes, name: str, nonce: bytes) -> None:
+        secret = self._lines.secret
+        if not name or not hmac.compare_digest(shown, wire.proof(secret, self._nonce, wire.MODEL)):
             self._transport.abort()
             return
         self.name = name
         self._reader = wire.reader()
-        self._late.cancel()
+        self._transport.write(wire.written(wire.proof(secret, nonce, wire.FRONT)))
+        self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(BEAT, self._beat)
         self._lines.known(self)
 
+    def _beat(self) -> None:
+        """Hang up on one that lives no more though its machine does; counted, as this process may have slept itself."""
+        if self._silent >= MISSED:
+            self._transport.abort()
+            return
+        self._silent += 1
+        self._transport.write(wire.written((0, wire.PING)))
+        self._timer = asyncio.get_running_loop().call_later(BEAT, self._beat)
+
     def _take(self, number: int, *parts: Any) -> None:
-        if number == 0:  # the process ends once it has answered what it was asked
-            self._lines.left(self)
+        if number == 0:
+            if parts[0] == wire.ENDING:  # once it has answered what it was asked
+                self._lines.left(self)
             return
         waiting = self._open.get(number)
         if waiting is None or waiting.done():
@@ -134,6 +163,7 @@ class Line(asyncio.Protocol):
         if len(parts) == 4:
             waiting.set_result((wire.answered(*parts[:3]), parts[3]))
         elif parts[0] == wire.GONE:
+            self._lines.left(self)
             waiting.set_exception(LineGone())
         else:
             waiting.set_exception(wire.refused(*parts))
@@ -142,15 +172,20 @@ class Line(asyncio.Protocol):
 class Lines:
     """All lines of a front.
 
+    Args:
+        counted: Told how many models can be asked, whenever that changes.
+
     Attributes:
         secret: Known to those who may call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Callable[[int], None] = lambda _: None) -> None:
         self.secret = secrets.token_bytes(32)
-        self._strangers: set[Line] = set()
+        self._counted = counted
+        self._strangers: dict[Line, None] = {}  # by age
         self._known: list[Line] = []
         self._asked = 0
+        self._opening = asyncio.Lock()
         self._server: asyncio.Server | None = None
 
     async def listen(self, host: str) -> Meeting:
@@ -159,19 +194,21 @@ class Lines:
         Raises:
             OSError: There is no such address here.
         """
-        if self._server is None:
-            self._server = await asyncio.get_running_loop().create_server(lambda: Line(self), host, 0)
+        async with self._opening:
+            if self._server is None:
+                self._server = await asyncio.get_running_loop().create_server(lambda: Line(self), host, 0)
         port = self._server.sockets[0].getsockname()[1]
         return Meeting(host, port, self.secret)
 
     def best(self) -> Line | None:
         """The one with the fewest open texts, of these the one that was asked least lately; None: there is none."""
-        if not self._known:
-            return None
-        found = min(self._known, key=lambda line: (line.texts, line.asked))
+        usable = (line for line in self._known if not line.closing)
+        return min(usable, key=lambda line: (line.texts, line.asked), default=None)
+
+    def turn(self) -> int:
+        """A number that grows with every request."""
         self._asked += 1
-        found.asked = self._asked
-        return found
+        return self._asked
 
     def names(self) -> list[str]:
         """Replicas whose process is on a line."""
@@ -186,20 +223,22 @@ class Lines:
 
     def came(self, line: Line) -> None:
         """Somebody calls."""
-        self._strangers.add(line)
+        self._strangers[line] = None
         if len(self._strangers) > STRANGERS:
-            line.close()
+            next(iter(self._strangers)).close()
 
     def known(self, line: Line) -> None:
         """And may be asked."""
-        self._strangers.discard(line)
+        self._strangers.pop(line, None)
         self._known.append(line)
+        self._counted(len(self._known))
 
     def left(self, line: Line) -> None:
         """It may not be asked any more."""
-        self._strangers.discard(line)
+        self._strangers.pop(line, None)
         if line in self._known:
             self._known.remove(line)
+            self._counted(len(self._known))
 
 
 def called(meeting: Meeting, name: str) -> socket.socket:
@@ -218,19 +257,26 @@ def called(meeting: Meeting, name: str) -> socket.socket:
     line = socket.create_connection((meeting.host, meeting.port), timeout=PATIENCE)
     try:
         wire.tune(line)
-        reader = wire.reader(wire.FIRST_MOST)
-        nonce = None
-        while nonce is None:
-            data = line.recv(wire.FIRST_MOST)
-            if not data:
-                raise ConnectionError(f"{meeting.host}:{meeting.port} has hung up")
-            reader.feed(data)
-            nonce = next(iter(reader), None)
-        if not isinstance(nonce, bytes) or len(nonce) != wire.NONCE:
-            raise ConnectionError(f"{meeting.host}:{meeting.port} is no front of rl-exit")
-        line.sendall(wire.written((wire.proof(meeting.secret, nonce), name)))
+        reader, own = wire.reader(wire.FIRST_MOST), secrets.token_bytes(wire.NONCE)
+        nonce = _heard(line, reader)
+        line.sendall(wire.written((wire.proof(meeting.secret, nonce, wire.MODEL), name, own)))
+        if not hmac.compare_digest(_heard(line, reader), wire.proof(meeting.secret, own, wire.FRONT)):
+            raise ConnectionError("it does not know the secret")
         line.settimeout(None)
-    except BaseException:
+    except Exception as error:
         line.close()
-        raise
+        raise ConnectionError(f"{meeting.host}:{meeting.port} does not speak as a front of rl-exit: {error}") from error
     return line
+
+
+def _heard(line: socket.socket, reader: Any) -> bytes:
+    """The next message, of 32 bytes."""
+    while True:
+        for found in reader:
+            if not isinstance(found, bytes) or len(found) != wire.NONCE:
+                raise ConnectionError("it says something else")
+            return found
+        data = line.recv(wire.FIRST_MOST)
+        if not data:
+            raise ConnectionError("it has hung up")
+        reader.feed(data)

@@ -72,6 +72,7 @@ class Metrics(RequestMetrics):
         self.text_seconds = Histogram(
             "rl_exit_text_seconds", "Time of a text in the model, waiting included.", buckets=SECONDS, **made
         )
+        self.lines = Gauge("rl_exit_lines", "Models that are asked straight, past Ray.", **made)
         self.waiting = Gauge("rl_exit_texts_waiting", "Texts that wait for a layer.", ("replica", "layer"), **made)
         self.done = self._gauges(
             {

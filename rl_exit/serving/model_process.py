@@ -26,7 +26,7 @@ from rl_exit.serving.lines import Meeting
 from rl_exit.serving.schema import Wish
 from rl_exit.serving.texts import Left, TextSide
 
-ENDING = 10.0  # seconds that the process is waited for when it has been told to end
+ENDING = 10.0  # seconds that the process is waited for when it has been told to end, if nothing else is said
 
 Request = tuple[Instances, Wish]
 State = dict[str, Any]
@@ -129,12 +129,16 @@ class ModelProcess:
         """
         await self._ask("line", meeting, name)
 
-    def close(self) -> None:
-        """End it. What is inside is answered first, and told where the event loop runs on meanwhile."""
+    def close(self, patience: float = ENDING) -> None:
+        """End it. What is inside is answered first, and told where the event loop runs on meanwhile.
+
+        Args:
+            patience: Seconds that this may take.
+        """
         self._gone = lambda: None
         try:
             self._pipe.send(None)
-            self._process.wait(ENDING)
+            self._process.wait(patience)
         except (OSError, subprocess.TimeoutExpired):
             self._process.kill()
             self._process.wait()

@@ -28,6 +28,8 @@ from rl_exit.serving.schema import Wish
 from rl_exit.serving.texts import Left, TextSide
 
 READ = 1 << 16  # bytes of a line at a time
+LAST_WORDS = 5.0  # seconds that a front may take at the end to read its answers
+_ENDING, _PONG = wire.written((0, wire.ENDING)), wire.written((0, wire.PONG))
 
 
 class _Asker:
@@ -75,10 +77,10 @@ class _Asker:
         for answer in list(self.open.values()):
             answer.cancel()
 
-    def finish(self) -> None:
-        """Send what is there to be sent, then nothing more."""
+    def finish(self, seconds: float | None = None) -> None:
+        """Send what is there to be sent, then nothing more; returns when that is done, or after some seconds."""
         self._messages.put(None)
-        self._sender.join()
+        self._sender.join(seconds)
 
     def _send_all(self) -> None:
         while (message := self._messages.get()) is not None:
@@ -106,6 +108,7 @@ class _Worker:
         self._pipe = pipe
         self._starter = _Asker(self._send, lambda: os._exit(0))
         self._lines: set[_Asker] = set()
+        self._ending = False
         gc.collect()
         gc.freeze()  # the model stays, so it need not be looked through at every collection
 
@@ -123,12 +126,14 @@ class _Worker:
                 getattr(self, f"_{method}")(number, *words)
             except Exception as error:  # noqa: BLE001 - whoever asked is told
                 self._starter.tell((number, None, _plain(error)))
+        self._ending = True
         lines = list(self._lines)
         for line in lines:
-            line.tell(wire.written((0, wire.ENDING)))
+            line.tell(_ENDING)
         self.service.close()
-        for asker in (*lines, self._starter):
-            asker.finish()
+        self._starter.finish()
+        for line in lines:
+            line.finish(LAST_WORDS)
 
     # What may be asked over the pipe.
 
@@ -179,21 +184,25 @@ class _Worker:
     # What comes on a line.
 
     def _stay_on_line(self, number: int, meeting: Meeting, name: str) -> None:
-        """Call the front and answer until it hangs up."""
+        """Call the front and answer until it hangs up; then whoever asked for the line is told."""
+        failed: Exception | None = None
         try:
             line = called(meeting, name)
-        except OSError as error:
-            self._starter.tell((number, None, _plain(error)))
-            return
-        asker = _Asker(line.sendall, lambda: _hang_up(line))
-        self._lines.add(asker)
-        try:
-            self._take_calls(line, asker)
-        finally:
-            self._lines.discard(asker)
-            asker.leave()
-            line.close()
-            self._starter.tell((number, None, None))
+            asker = _Asker(line.sendall, lambda: _hang_up(line))
+            self._lines.add(asker)
+            if self._ending:
+                asker.tell(_ENDING)
+            try:
+                self._take_calls(line, asker)
+            finally:
+                self._lines.discard(asker)
+                asker.leave()
+                _hang_up(line)
+                asker.finish()
+                line.close()
+        except Exception as error:  # noqa: BLE001 - whoever asked is told
+            failed = _plain(error)
+        self._starter.tell((number, None, failed))
 
     def _take_calls(self, line: socket.socket, asker: _Asker) -> None:
         reader = wire.reader()
@@ -203,6 +212,8 @@ class _Worker:
                 for number, what, *words in reader:
                     if what == wire.CANCEL:
                         asker.cancel(number)
+                    elif what == wire.PING:
+                        asker.tell(_PONG)
                     else:
                         self._called(asker, number, *words)
 

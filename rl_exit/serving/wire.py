@@ -1,7 +1,8 @@
 """What goes over a line between the front and a model's process: MessagePack, so that reading it runs no code.
 
-A line begins with 32 random bytes from the front; the model's process answers with their HMAC under the secret that Ray
-has brought to both, and with its name. Then come questions one way, answers the other, in any order.
+A line begins with random bytes from the front; the model's process answers with their HMAC under the secret that Ray
+has brought to both, with its name and with random bytes of its own, of which the front sends the HMAC. Then come
+questions one way, answers the other, in any order.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ NONCE = 32  # bytes
 MOST = 1 << 30  # bytes of a message
 FIRST_MOST = 1024  # bytes of what is read from one who is not known yet
 
-RUN, CANCEL, ENDING = "run", "cancel", "ending"
+RUN, CANCEL, PING, PONG, ENDING = "run", "cancel", "ping", "pong", "ending"
+MODEL, FRONT = b"model", b"front"  # who shows that it knows the secret
 GONE = "gone"  # the kind of error with which a model's process that ends refuses what it has not begun
-TOLD = {kind.__name__: kind for kind in (errors.ConfigError, errors.DataError, errors.ModelError)}
+TOLD: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, errors.UserError)
+}
 
 
 def reader(most: int = MOST) -> msgpack.Unpacker:
@@ -44,9 +50,9 @@ def written(message: Any) -> bytes:
     return packed
 
 
-def proof(secret: bytes, nonce: bytes) -> bytes:
+def proof(secret: bytes, nonce: bytes, who: bytes) -> bytes:
     """What shows that one knows the secret."""
-    return hmac.digest(secret, nonce, hashlib.sha256)
+    return hmac.digest(secret, who + nonce, hashlib.sha256)
 
 
 def question(number: int, instances: Instances, wish: Wish) -> bytes:

@@ -22,6 +22,7 @@ def free_port() -> int:
 
 
 REPLICA = "ServeReplica:rl-exit:model"
+FRONT = "ServeReplica:rl-exit:front"
 MODEL = "rl_exit.serving.model_worker"  # of a classifier: beside its replica
 
 

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
 from headless_browser import browsing, found
 from ray.exceptions import ActorDiedError, ActorUnavailableError
-from server_process import MODEL, REPLICA, Server, free_port
+from server_process import FRONT, MODEL, REPLICA, Server, free_port
 from typer.testing import CliRunner
 
 from rl_exit import EarlyExitModel
@@ -270,6 +271,45 @@ def test_a_replica_killed_under_load_loses_no_request(server: Server) -> None:
     assert len(answers) > 16
     assert {status for status, _ in answers} == {200}
     assert all(len(found["predictions"]) == 256 for _, found in answers)
+
+
+def asked_straight(server: Server) -> int:
+    """Models on a line to the front, as it says and as their connections show."""
+    line = next(line for line in server.get("/metrics").splitlines() if line.startswith("rl_exit_lines "))
+    said = round(float(line.split()[1]))
+    front = server.processes(FRONT)[0]
+    ports = {found.laddr.port for found in front.net_connections("tcp") if found.status == psutil.CONN_LISTEN}
+    found = [
+        one
+        for one in server.processes(MODEL)
+        if any(
+            found.status == psutil.CONN_ESTABLISHED and found.raddr.port in ports
+            for found in one.net_connections("tcp")
+        )
+    ]
+    assert len(found) >= said
+    return said
+
+
+@pytest.mark.ray
+def test_models_are_asked_straight_and_call_a_new_front(server: Server) -> None:
+    server.wait_for(MODEL, 2)
+    until = time.monotonic() + 60
+    while asked_straight(server) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    [front] = server.processes(FRONT)
+    front.send_signal(signal.SIGKILL)
+    front.wait(10)
+    while True:
+        try:
+            if asked_straight(server) == 2:
+                break
+        except (OSError, IndexError, psutil.NoSuchProcess):
+            pass  # nobody listens yet
+        assert time.monotonic() < until + 60
+        time.sleep(0.5)
+    assert server.post("/v1/predict/batch", {"texts": TEXTS})[0] == 200
 
 
 @pytest.mark.ray
