@@ -35,13 +35,6 @@ TEXTS = ["the old cat", "a hammer", "my red drill near the dog", "saw"]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("lines") / "model"
-    EarlyExitModel.from_backbone(str(tiny_backbone), ["animal", "tool"]).save_pretrained(made)
-    return made
-
-
-@pytest.fixture(scope="module")
 def process(folder: Path) -> Iterator[ModelProcess]:
     made = ModelProcess(ModelSettings(str(folder)))
     yield made
@@ -239,6 +232,7 @@ def test_more_than_sockets_hold_either_way(tiny_backbone: Path, tmp_path: Path, 
     process.close()
 
 
+@pytest.mark.slow
 def test_one_that_lives_no_more_is_hung_up_on(folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its machine answers for it, so only silence tells."""
     monkeypatch.setattr(module, "BEAT", 0.1)

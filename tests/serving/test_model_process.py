@@ -22,13 +22,6 @@ TEXTS = ["the old cat", "a hammer", "my red drill near the dog", "saw"]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("process") / "model"
-    EarlyExitModel.from_backbone(str(tiny_backbone), ["animal", "tool"]).save_pretrained(made)
-    return made
-
-
-@pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[ModelProcess]:
     made = ModelProcess(ModelSettings(str(folder)))
     yield made
