@@ -20,7 +20,7 @@ RATIOS = {"pooled_vs_plain": "pooled", "through_ray_vs_plain": "pooled-through-r
 
 
 def load(args: argparse.Namespace) -> dict[str, Any]:
-    """Pooled, pooled with goals, plain (by batch size) and full depth in turn at rising loads, until overloaded."""
+    """Pooled, straight, through Ray and with goals, plain and full depth in turn at rising loads, until overloaded."""
     pooled = ["--batching=pooled", f"--batch-size={args.batch_size}"]
     servers = {"pooled": [*pooled, "--deadline-ms=0"]}
     if args.through_ray:

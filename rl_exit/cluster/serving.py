@@ -1,9 +1,10 @@
 """A model as a Ray Serve application: one front that speaks HTTP, and replicas of the model behind it.
 
-The front (:mod:`rl_exit.serving.http`) checks what comes in and hands it to a replica; if that replica dies before it
-has answered, the request goes to another one, so that none is lost. Answers are the same whoever gives them and nothing
-is changed by asking twice, so that is safe. Several requests wait in a replica at once; its pool runs their texts
-together (:mod:`rl_exit.serving.engine`).
+The front (:mod:`rl_exit.serving.http`) checks what comes in and hands it to the model's process of a replica, on a line
+of its own (:mod:`rl_exit.serving.lines`), or to the replica by a call of Ray's; if that replica dies before it has
+answered, the request goes to another one, so that none is lost. Answers are the same whoever gives them and nothing is
+changed by asking twice, so that is safe. Several requests wait in a replica at once; its pool runs their texts together
+(:mod:`rl_exit.serving.engine`).
 """
 
 from __future__ import annotations
@@ -387,7 +388,7 @@ def serve_model(options: ServeOptions, ready: Callable[[str], None], stop: threa
             handle = serve.run(application(options, known, alone), name=NAME, route_prefix=None)
             _wait_for_lines(handle, options, known, stop)
             if not stop.is_set():
-                ready(f"http://{options.host}:{options.port}")
+                ready(f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}")
             while not stop.wait(1.0):
                 pass
             left: int = handle.drain.remote(DRAIN).result()
@@ -469,8 +470,8 @@ def check_address(host: str, port: int) -> None:
     """
     try:
         bound(host, port).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # the latter of what cannot be the name of a host
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot listen at {host}:{port}: {reason}; choose another with --port or --host") from None
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import msgpack
+
 from rl_exit.data.instances import Instances
 from rl_exit.serving import wire
 from rl_exit.serving.schema import Wish
@@ -23,6 +25,7 @@ from rl_exit.serving.texts import Left
 PATIENCE = 5.0  # seconds within which a caller must show who it is
 BEAT = 2.0  # seconds between two questions whether one on a line is alive
 MISSED = 5  # of them without a word, and it is not
+GREETING = len(wire.written(bytes(wire.NONCE)))  # bytes of what a front says before it asks anything
 STRANGERS = 64  # callers at a time of whom that is not known yet
 
 
@@ -225,11 +228,15 @@ class Lines:
         """Somebody calls."""
         self._strangers[line] = None
         if len(self._strangers) > STRANGERS:
-            next(iter(self._strangers)).close()
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.close()
 
     def known(self, line: Line) -> None:
         """And may be asked."""
         self._strangers.pop(line, None)
+        for other in [other for other in self._known if other.name == line.name]:
+            other.close()  # its end has not been seen here, or it would not call again
         self._known.append(line)
         self._counted(len(self._known))
 
@@ -257,10 +264,10 @@ def called(meeting: Meeting, name: str) -> socket.socket:
     line = socket.create_connection((meeting.host, meeting.port), timeout=PATIENCE)
     try:
         wire.tune(line)
-        reader, own = wire.reader(wire.FIRST_MOST), secrets.token_bytes(wire.NONCE)
-        nonce = _heard(line, reader)
+        own = secrets.token_bytes(wire.NONCE)
+        nonce = _heard(line)
         line.sendall(wire.written((wire.proof(meeting.secret, nonce, wire.MODEL), name, own)))
-        if not hmac.compare_digest(_heard(line, reader), wire.proof(meeting.secret, own, wire.FRONT)):
+        if not hmac.compare_digest(_heard(line), wire.proof(meeting.secret, own, wire.FRONT)):
             raise ConnectionError("it does not know the secret")
         line.settimeout(None)
     except Exception as error:
@@ -269,14 +276,15 @@ def called(meeting: Meeting, name: str) -> socket.socket:
     return line
 
 
-def _heard(line: socket.socket, reader: Any) -> bytes:
-    """The next message, of 32 bytes."""
-    while True:
-        for found in reader:
-            if not isinstance(found, bytes) or len(found) != wire.NONCE:
-                raise ConnectionError("it says something else")
-            return found
-        data = line.recv(wire.FIRST_MOST)
-        if not data:
+def _heard(line: socket.socket) -> bytes:
+    """The next message, of 32 bytes, and nothing of what may follow it."""
+    data = b""
+    while len(data) < GREETING:
+        found = line.recv(GREETING - len(data))
+        if not found:
             raise ConnectionError("it has hung up")
-        reader.feed(data)
+        data += found
+    said = msgpack.unpackb(data)
+    if not isinstance(said, bytes) or len(said) != wire.NONCE:
+        raise ConnectionError("it says something else")
+    return said
