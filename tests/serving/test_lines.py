@@ -348,6 +348,7 @@ def test_a_model_that_dies_is_told_to_those_who_wait(folder: Path, run: Any) -> 
     process.close()
 
 
+@pytest.mark.slow
 def test_a_model_that_is_ended_answers_first_and_takes_nothing_more(folder: Path, run: Any) -> None:
     process = ModelProcess(ModelSettings(str(folder)))
 

@@ -119,6 +119,7 @@ def test_whoever_waits_when_it_dies_is_told(folder: Path) -> None:
     process.close()
 
 
+@pytest.mark.slow
 def test_closing_answers_what_is_inside(folder: Path) -> None:
     process = ModelProcess(ModelSettings(str(folder)))
 
@@ -133,6 +134,7 @@ def test_closing_answers_what_is_inside(folder: Path) -> None:
     assert gone(process.pid)
 
 
+@pytest.mark.slow
 def test_it_ends_with_those_who_started_it(folder: Path) -> None:
     process = ModelProcess(ModelSettings(str(folder)))
     process._pipe.close()  # as the kernel does for a process that is killed
