@@ -23,6 +23,9 @@ from rl_exit.errors import UserError
 _PYTHON = re.compile(r"[A-Za-z0-9_./-]+")
 _LOCAL_PATHS = (("task", "path"), ("model", "backbone"), ("init", "model"))
 METADATA = "rl_exit."
+NO_AGENT = "No available agent"  # in Ray's words
+AGENT_SECONDS = 60.0  # for which a head may say so
+AGENT_WAIT = 1.0  # seconds before it is asked again
 
 
 @dataclass(frozen=True)
@@ -168,15 +171,32 @@ def send(submission: Submission, target: Target, *, any_version: bool = False) -
     client = connect(target, any_version=any_version)
     with tempfile.TemporaryDirectory(prefix="rl-exit-") as folder, telling(target):
         archive = submission.package.write(Path(folder))
-        return str(
-            client.submit_job(
-                entrypoint=submission.entrypoint,
-                submission_id=submission.submission_id,
-                runtime_env={**submission.runtime_env, "working_dir": str(archive)},
-                metadata=dict(submission.metadata),
-                **submission.entry_point.words(),
-            )
+        return _started(
+            client,
+            entrypoint=submission.entrypoint,
+            submission_id=submission.submission_id,
+            runtime_env={**submission.runtime_env, "working_dir": str(archive)},
+            metadata=dict(submission.metadata),
+            **submission.entry_point.words(),
         )
+
+
+def _started(client: Any, **words: Any) -> str:
+    """Start a job; the head of a cluster that has just been started knows no agent for some seconds, and says so.
+
+    It says the same where the agent is slow to answer, so the job may have begun all the same.
+    """
+    until, tried = time.monotonic() + AGENT_SECONDS, False
+    while True:
+        try:
+            return str(client.submit_job(**words))
+        except RuntimeError as error:
+            if tried and f"{words['submission_id']} already exists" in str(error):
+                return str(words["submission_id"])
+            if NO_AGENT not in str(error) or time.monotonic() >= until:
+                raise
+            tried = True
+            time.sleep(AGENT_WAIT)
 
 
 def parse_resources(words: list[str] | None) -> dict[str, float]:

@@ -25,6 +25,7 @@ class Dashboard:
         html: Whether it is some other web server.
         moved: Address that it sends everybody to.
         seen: (method, path) of all requests, in order.
+        refusing: What it says of the next jobs that are submitted, one after the other.
         submitted: Bodies of submitted jobs.
         uploaded: Bytes by package.
     """
@@ -36,6 +37,7 @@ class Dashboard:
     html: bool = False
     moved: str | None = None
     seen: list[tuple[str, str]] = field(default_factory=list)
+    refusing: list[str] = field(default_factory=list)
     submitted: list[dict[str, Any]] = field(default_factory=list)
     uploaded: dict[str, bytes] = field(default_factory=dict)
 
@@ -80,6 +82,9 @@ def dashboard(**words: Any) -> Iterator[Dashboard]:
                     board.uploaded[name] = body
                 self._say(200 if name in board.uploaded else 404, b"{}")
             elif self.path == "/api/jobs/" and self.command == "POST":
+                if board.refusing:
+                    self._say(500, board.refusing.pop(0).encode())
+                    return
                 board.submitted.append(json.loads(body))
                 self._json({"job_id": "1", "submission_id": board.submitted[-1]["submission_id"]})
             else:

@@ -12,6 +12,7 @@ from dashboards import dashboard
 from typer.testing import CliRunner
 
 from rl_exit.cli import app
+from rl_exit.cluster import submit
 from rl_exit.cluster.address import Target
 from rl_exit.cluster.package import CONFIG_NAME
 from rl_exit.cluster.submit import EntryPoint, parse_metadata, parse_resources, plan_submission, send
@@ -54,6 +55,26 @@ def test_what_is_sent_is_what_was_shown_and_is_uploaded_once() -> None:
     config = sent_config(board.uploaded[uri.removeprefix("gcs://")])
     assert config == shown["config"] and config["seed"] == 3
     assert config["cluster"] == "auto" and config["name"] == "docstrings"  # joins the cluster it is on
+
+
+NO_AGENT = "No available agent to submit job, please try again later."  # as Ray 2.60 says it
+
+
+def test_a_head_that_has_just_started_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "AGENT_WAIT", 0.01)
+    plan = plan_submission(load_config(None, [STORED]))
+    exists = f"ValueError: Job with submission_id {plan.submission_id} already exists. Please use another."
+    with dashboard(refusing=[NO_AGENT, NO_AGENT]) as board:
+        assert send(plan, Target(board.url, "--address")) == plan.submission_id
+        assert len(board.submitted) == 1
+    with dashboard(refusing=[NO_AGENT, exists]) as board:  # the agent was slow, and has begun it
+        assert send(plan, Target(board.url, "--address")) == plan.submission_id
+    for said in ([exists], ["out of memory"]):
+        with dashboard(refusing=said) as board, pytest.raises(UserError, match=said[0][:12]):
+            send(plan, Target(board.url, "--address"))
+    monkeypatch.setattr(submit, "AGENT_SECONDS", 0.0)
+    with dashboard(refusing=[NO_AGENT] * 9) as board, pytest.raises(UserError, match="No available agent"):
+        send(plan, Target(board.url, "--address"))
 
 
 def test_nothing_is_sent_to_a_cluster_of_another_version() -> None:
